@@ -1,0 +1,145 @@
+"""What bdia_scan refuses, each with the value and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdia_jax.fixed_point import FixedPoint
+
+_BACKPROPS = ("reversible", "store", "remat")
+
+
+def check_choices(fixed_point, backprop) -> None:
+    if backprop not in _BACKPROPS:
+        raise ValueError(f"backprop is {backprop!r}, expected one of {', '.join(_BACKPROPS)}")
+    if fixed_point is not None and not isinstance(fixed_point, FixedPoint):
+        raise ValueError(
+            f"fixed_point is {fixed_point!r}, expected a FixedPoint, for example "
+            "FixedPoint(frac_bits=9, guard_bits=1), or None"
+        )
+    if backprop == "reversible" and fixed_point is None:
+        raise ValueError(
+            "backprop='reversible' with fixed_point=None: floating-point states cannot be "
+            "rebuilt exactly; pass a FixedPoint, or backprop='store' or 'remat'"
+        )
+
+
+def as_arrays(tree, name):
+    """Every leaf as an array; anything else is named."""
+
+    def convert(path, leaf):
+        try:
+            return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        except TypeError:
+            where = name + jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{where} is {leaf!r} of type {type(leaf).__name__}, which is not an array; "
+                "bind static values to block_fn with functools.partial"
+            ) from None
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def check_x0(x0) -> jax.Array:
+    x0 = jnp.asarray(x0)
+    if x0.ndim < 1 or x0.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"x0 is {x0.dtype} of shape {x0.shape}, expected float32 or bfloat16 [B, ..., D]; "
+            "cast it with x0.astype(jnp.float32)"
+        )
+    return x0
+
+
+def check_depth(params) -> int:
+    """K, the leading axis common to all leaves of params."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params has no array, so the number of blocks is unknown")
+    shapes = {f"params{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+    first_name, first = next(iter(shapes.items()))
+    for name, shape in shapes.items():
+        if not shape or not first or shape[0] != first[0] or shape[0] < 1:
+            raise ValueError(
+                f"params need a common leading axis K (one slice a block), but {first_name} "
+                f"has shape {first} and {name} has shape {shape}; stack the blocks, for "
+                "example with jax.vmap of the init function over K keys"
+            )
+    return first[0]
+
+
+def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | None):
+    """(gamma as float32 [K, B or 1] or None, whether its values are good).
+
+    Values are checked now if they are known, else the second result is a traced bool.
+    """
+    if gamma is None:
+        return None, True
+    gamma = jnp.asarray(gamma)
+    if gamma.ndim != 2 or gamma.shape[0] != depth or gamma.shape[1] not in (1, batch):
+        raise ValueError(
+            f"gamma has shape {gamma.shape}, expected [K, B] = [{depth}, {batch}] (or "
+            f"[{depth}, 1]) with row 0 zero; use sample_gamma(key, {depth}, {batch})"
+        )
+    if not jnp.issubdtype(gamma.dtype, jnp.floating):
+        raise ValueError(f"gamma has dtype {gamma.dtype}, expected float32; use sample_gamma")
+    gamma = jax.lax.stop_gradient(gamma.astype(jnp.float32))
+    first_ok = gamma[0] == 0
+    rest_ok = jnp.isfinite(gamma[1:])
+    if reversible_format is not None:
+        rest_ok = jnp.abs(gamma[1:]) == 2.0**-reversible_format.gamma_bits
+    if isinstance(gamma, jax.core.Tracer):
+        return gamma, jnp.all(first_ok) & jnp.all(rest_ok)
+    if not np.all(first_ok):
+        raise ValueError(
+            f"gamma[0] contains {_first_bad(gamma[0], first_ok)}, expected 0: the first block "
+            "has no x_(-1) (eq. 6); use sample_gamma"
+        )
+    if not np.all(rest_ok):
+        bad = _first_bad(gamma[1:], rest_ok)
+        if reversible_format is None:
+            raise ValueError(f"gamma contains {bad}, expected finite numbers; use sample_gamma")
+        p = reversible_format.gamma_bits
+        raise ValueError(
+            f"gamma contains {bad}, but backprop='reversible' with gamma_bits={p} needs "
+            f"+-{2.0**-p} in every row after the first; use sample_gamma(..., magnitude="
+            f"{2.0**-p}), FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' "
+            "or 'remat' for any other"
+        )
+    return gamma, True
+
+
+def _first_bad(values, ok) -> float:
+    return float(np.asarray(values)[~np.asarray(ok)][0])
+
+
+def check_block(block_fn, params, x0, consts, has_aux):
+    """Traces block_fn once on abstract values; returns the shapes of its aux."""
+
+    def slice_of(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    params_k = jax.tree.map(slice_of, params)
+    x = jax.ShapeDtypeStruct(x0.shape, jnp.float32)
+    jaxpr, out = jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
+    traced = [const for const in jaxpr.consts if isinstance(const, jax.core.Tracer)]
+    if traced:
+        raise ValueError(
+            f"block_fn closes over {len(traced)} traced value(s), the first of "
+            f"{traced[0].aval}: their gradient would be lost. Pass what differs per block in "
+            "params and what all blocks share as an extra argument: "
+            "bdia_scan(block_fn, params, x0, gamma, value)"
+        )
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(f"has_aux=True, but block_fn returned {out}, expected (h, aux)")
+    h, aux = out if has_aux else (out, None)
+    if not isinstance(h, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"block_fn returned {type(h).__name__}, expected the array h; "
+            "set has_aux=True if it returns (h, aux)"
+        )
+    if h.shape != x0.shape or not jnp.issubdtype(h.dtype, jnp.floating):
+        raise ValueError(
+            f"block_fn returned h of shape {h.shape} and dtype {h.dtype} for x of shape "
+            f"{x0.shape}; h is added to x, so it must be a float array of that shape"
+        )
+    return aux

@@ -1,0 +1,192 @@
+"""audit: is the rebuild exact for this block, on this device, as compiled here?"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdia_jax.fixed_point import FixedPoint, quantize
+from bdia_jax.scan import Split, forward_scan, prepare, reverse_scan
+
+# A drift seen once may be larger on other data: suggest room for twice as much.
+_SAFETY = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What `audit` found. Entry i of an array is the undoing of block i + 1, which rebuilds x_i.
+
+    Attributes:
+        fixed_point: the format that was audited.
+        elements: elements of one state.
+        mismatches: int [K-1], rebuilt elements whose bits differ from the forward's.
+        corrections: int [K-1], roundings that came out different and the guard set right.
+        drift: float [K-1], the largest difference between the forward's and the rebuild's
+            value before rounding, in quanta (2^-frac_bits). After a mismatch in a later
+            block it measures the damage rather than the block.
+        x0_mismatches: elements of x_0 that came out wrong when the same backward pass was
+            compiled without any of the above being looked at.
+        invalid: elements of the states x_0 .. x_{K-2} that are NaN or left the int32 range.
+        max_drift: largest drift of a sound rebuild: `drift.max()`, measured again with
+            as many guard bits as fit if the audited format was not exact.
+        suggested_guard_bits: fewest guard bits with room for twice `max_drift`; 0 if there
+            was no drift at all, None if no number fits in 8 bits.
+    """
+
+    fixed_point: FixedPoint
+    elements: int
+    mismatches: np.ndarray
+    corrections: np.ndarray
+    drift: np.ndarray
+    x0_mismatches: int
+    invalid: int
+    max_drift: float
+    suggested_guard_bits: int | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every rebuilt bit was right and every state a number."""
+        return not (self.mismatches.any() or self.x0_mismatches or self.invalid)
+
+    @property
+    def margin(self) -> np.ndarray:
+        """float [K-1]: quanta of drift the guard could still have absorbed; negative means luck."""
+        return self.fixed_point.drift_bound - self.drift
+
+    def __str__(self) -> str:
+        states = len(self.mismatches)
+        wrong = int(self.mismatches.sum())
+        suggestion = (
+            f"{self.suggested_guard_bits}"
+            if self.suggested_guard_bits is not None
+            else "none fits: return h in float32, or lower frac_bits"
+        )
+        return (
+            f"{'exact' if self.exact else 'NOT EXACT'} with {self.fixed_point}: "
+            f"{wrong} of {states * self.elements} rebuilt elements differ over {states} states "
+            f"({self.x0_mismatches} in x_0 end to end, {self.invalid} invalid); "
+            f"guard corrected {int(self.corrections.sum())} roundings; "
+            f"largest drift {self.max_drift:.3g} quanta, "
+            f"bound {self.fixed_point.drift_bound:g}; suggested guard_bits {suggestion}"
+        )
+
+
+def audit(
+    block_fn: Callable[..., Any],
+    params: Any,
+    x0: jax.Array,
+    gamma: jax.Array,
+    *consts: Any,
+    fixed_point: FixedPoint = FixedPoint(),
+    has_aux: bool = False,
+) -> Audit:
+    """Runs forward and backward as training compiles them, and compares every rebuilt bit.
+
+    Exactness needs the block, evaluated again in the backward pass, to land within
+    `fixed_point.drift_bound` quanta of its first evaluation (see `inverse_step`). Whether
+    it does depends on the device, the compiler and the block's dtypes, so it is measured.
+    All K states are kept for the comparison: take a batch for which they fit.
+
+    Args:
+        block_fn, params, x0, gamma, consts, fixed_point, has_aux: as in `bdia_scan`. gamma
+            must be given: without it nothing is rebuilt.
+
+    Returns:
+        An `Audit`; print it, or test `audit(...).exact`.
+
+    Raises:
+        ValueError: as `bdia_scan`, if gamma is None, or if called under a transformation.
+
+    Example:
+        >>> import bdia_jax as bdia
+        >>> w = 0.1 * jax.random.normal(jax.random.key(0), (12, 16, 16))
+        >>> x0 = jax.random.normal(jax.random.key(1), (4, 16))
+        >>> gamma = bdia.sample_gamma(jax.random.key(2), depth=12, batch_size=4)
+        >>> bdia.audit(lambda w, x: jnp.tanh(x @ w), w, x0, gamma).exact
+        True
+    """
+    if gamma is None:
+        raise ValueError("gamma is None, so nothing is rebuilt; pass gamma=sample_gamma(...)")
+    static, operands, _ = prepare(
+        block_fn, params, x0, gamma, consts, fixed_point, "reversible", has_aux
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+        raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
+
+    unprobed = jax.jit(lambda operands: _backward(static, operands, probe=False))
+    x0_mismatches, *_ = unprobed(operands)
+    seen = _run_probed(static, operands)
+    exact = not (seen["mismatches"].any() or int(x0_mismatches))
+    sound = seen
+    if not exact:
+        widest = dataclasses.replace(fixed_point, guard_bits=8 - fixed_point.gamma_bits)
+        sound = _run_probed(static._replace(fixed_point=widest), operands)
+    max_drift = float(sound["drift"].max(initial=0.0))
+    trustworthy = not sound["mismatches"].any()
+    return Audit(
+        fixed_point=fixed_point,
+        elements=operands[1].size,
+        mismatches=seen["mismatches"],
+        corrections=seen["corrections"],
+        drift=seen["drift"],
+        x0_mismatches=int(x0_mismatches),
+        invalid=int(seen["invalid"].sum()),
+        max_drift=max_drift,
+        suggested_guard_bits=_suggest(max_drift, fixed_point) if trustworthy else None,
+    )
+
+
+def _suggest(max_drift: float, fixed_point: FixedPoint) -> int | None:
+    if max_drift == 0:
+        return 0
+    for guard_bits in range(1, 9 - fixed_point.gamma_bits):
+        candidate = dataclasses.replace(fixed_point, guard_bits=guard_bits)
+        if candidate.drift_bound >= _SAFETY * max_drift:
+            return guard_bits
+    return None
+
+
+def _run_probed(static, operands) -> dict[str, np.ndarray]:
+    probed = jax.jit(lambda operands: _backward(static, operands, probe=True))
+    _, seen, _ = probed(operands)
+    return {name: np.asarray(values)[1:] for name, values in seen.items()}  # block 0 undoes nothing
+
+
+def _backward(static, operands, probe: bool):
+    """One forward and one backward pass of the loss |x_K|^2 / 2 + sum of aux.
+
+    The gradients are returned so that nothing training computes is optimized away.
+    """
+    params, x0, gamma, consts = operands
+    fixed_point = static.fixed_point
+    keep_state = (lambda n_prev, pre_round: (n_prev, pre_round)) if probe else None
+    (n_prev, n_last), (kept, packed) = forward_scan(static, params, x0, gamma, consts, keep_state)
+    aux_like = jax.eval_shape(lambda: forward_scan(static, params, x0, gamma, consts)[1][0])
+    ct_aux = [jnp.ones(leaf.shape, leaf.dtype) for leaf in aux_like.diff]
+    ct_x = n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
+
+    def compare(states_k, rebuilt, correction, pre_round):
+        n, forward_pre_round = states_k
+        drift = jnp.abs(pre_round - forward_pre_round)
+        return {
+            "mismatches": jnp.sum(rebuilt != n),
+            "corrections": jnp.sum(correction != 0),
+            "drift": jnp.max(jnp.where(jnp.isnan(drift), 0.0, drift)),
+            "invalid": jnp.sum(n == jnp.int32(-(2**31))),
+        }
+
+    gradients, (n0, seen) = reverse_scan(
+        static,
+        params,
+        gamma,
+        consts,
+        (n_prev, n_last),
+        packed,
+        (ct_x, Split(ct_aux, [])),
+        probe=(compare, kept) if probe else None,
+    )
+    x0_mismatches = jnp.sum(n0 != quantize(x0, fixed_point))
+    return x0_mismatches, seen, gradients

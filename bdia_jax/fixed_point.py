@@ -1,0 +1,165 @@
+"""Fixed-point activations and the packed side information.
+
+A state x is kept as the int32 number n = x 2^l of quanta (arXiv 2407.09093, section 4).
+Everything here is elementwise or a bit operation; nothing knows about blocks.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+# A state that is not a number, or does not fit. int32 has one value more below zero
+# than above; it marks such elements, so that they come back as NaN and never as an
+# innocent integer.
+_INVALID = -(2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+    """The number format of the states and of the bits kept to undo a step.
+
+    Args:
+        frac_bits: the paper's l; a quantum is 2^-l, a state reaches +-2^(31-l). The paper
+            trains with 9 and also tries 5, 0 and -2.
+        guard_bits: g, extra bits per activation that absorb a difference between the
+            forward's and the backward's evaluation of a block. The rebuild is exact
+            while that difference stays below `drift_bound` quanta. 0 is the paper's
+            format: exact only if no rounding flips.
+        gamma_bits: p in gamma = +-2^-p; 1 is the paper's +-1/2 (eq. 20), 2 is +-1/4
+            (Remark 2), 3 is +-1/8.
+
+    Raises:
+        ValueError: a field out of range, or gamma_bits + guard_bits above 8.
+
+    Example:
+        >>> FixedPoint().side_bits, FixedPoint(guard_bits=3).drift_bound
+        (2, 3.5)
+    """
+
+    frac_bits: int = 9
+    guard_bits: int = 1
+    gamma_bits: int = 1
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("frac_bits", -16, 24),
+            ("guard_bits", 0, 7),
+            ("gamma_bits", 1, 8),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}, expected an int from {low} to {high}")
+        if self.side_bits > 8:
+            raise ValueError(
+                f"gamma_bits + guard_bits is {self.gamma_bits} + {self.guard_bits} = "
+                f"{self.side_bits}, but at most 8 bits per activation are kept; "
+                f"take guard_bits <= {8 - self.gamma_bits}"
+            )
+
+    @property
+    def side_bits(self) -> int:
+        """Bits kept per activation and block, p + g."""
+        return self.gamma_bits + self.guard_bits
+
+    @property
+    def drift_bound(self) -> float:
+        """Quanta by which a block may differ, before rounding, between forward and rebuild.
+
+        2^(g-1) - 1/2 for g >= 1. With g = 0 nothing is promised: any difference may
+        flip a rounding.
+        """
+        return max(0.0, 2.0 ** (self.guard_bits - 1) - 0.5)
+
+
+def to_quanta(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
+    """x * 2^frac_bits in float32, before rounding. Exact short of overflow."""
+    return x.astype(jnp.float32) * jnp.float32(2.0**fixed_point.frac_bits)
+
+
+def round_to_int(quanta: jax.Array) -> jax.Array:
+    """The nearest int32, ties to even; NaN, infinities and overflow become `_INVALID`."""
+    fits = jnp.abs(quanta) < jnp.float32(2.0**31)
+    return jnp.where(fits, jnp.round(quanta), jnp.float32(_INVALID)).astype(jnp.int32)
+
+
+def add_or_invalid(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a + b in int32; `_INVALID` where the sum overflows or b is `_INVALID`."""
+    total = a + b
+    overflows = ((a ^ total) & (b ^ total)) < 0
+    return jnp.where(overflows | (b == _INVALID), jnp.int32(_INVALID), total)
+
+
+def quantize(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
+    """n = round(x 2^l), the paper's Q_l.
+
+    Args:
+        x: float array of any shape.
+        fixed_point: the format.
+
+    Returns:
+        int32, same shape. Elements that are not finite or reach 2^(31-l) are marked
+        invalid and come back from `dequantize` as NaN.
+    """
+    return round_to_int(to_quanta(x, fixed_point))
+
+
+def dequantize(n: jax.Array, fixed_point: FixedPoint) -> jax.Array:
+    """x = n 2^-l in float32: exact for |n| <= 2^24, to float32 rounding above; NaN if invalid."""
+    x = n.astype(jnp.float32) * jnp.float32(2.0**-fixed_point.frac_bits)
+    return jnp.where(n == _INVALID, jnp.float32(jnp.nan), x)
+
+
+@jax.custom_jvp
+def straight_through(y: jax.Array, value: jax.Array) -> jax.Array:
+    """`value` going forward, the derivative of `y` going back: d round(y)/dy = 1."""
+    del y
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return straight_through(*primals), tangents[0]
+
+
+def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:
+    """The low `num_bits` bits of every element, 8 elements to `num_bits` bytes.
+
+    The last axis is packed where 8 divides it, so that the result is laid out (and can
+    be sharded) like the state; otherwise all axes but the first are flattened and padded.
+
+    Args:
+        values: integers [B, ...], any trailing shape.
+        num_bits: 1 to 8.
+
+    Returns:
+        uint8 [B, ..., num_bits, D / 8], or [B, num_bits, ceil(N / 8)] when flattened.
+    """
+    rows = _as_rows(values)
+    width = rows.shape[-1]
+    lanes = rows.reshape(*rows.shape[:-1], 1, 8, width // 8)
+    planes = jnp.arange(num_bits, dtype=values.dtype).reshape(num_bits, 1, 1)
+    position = jnp.arange(8, dtype=values.dtype).reshape(8, 1)
+    bits = ((lanes >> planes) & 1) << position
+    return jnp.sum(bits, axis=-2, dtype=values.dtype).astype(jnp.uint8)
+
+
+def unpack_bits(packed: jax.Array, num_bits: int, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `pack_bits`: int32 of the given shape, values from 0 to 2^num_bits - 1."""
+    position = jnp.arange(8, dtype=jnp.uint8).reshape(8, 1)
+    bits = ((packed[..., None, :] >> position) & 1).astype(jnp.int32)
+    planes = jnp.arange(num_bits, dtype=jnp.int32).reshape(num_bits, 1, 1)
+    lanes = jnp.sum(bits << planes, axis=-3, dtype=jnp.int32)
+    rows = lanes.reshape(*lanes.shape[:-2], lanes.shape[-2] * lanes.shape[-1])
+    if rows.shape == shape:
+        return rows
+    return rows[:, : math.prod(shape[1:])].reshape(shape)
+
+
+def _as_rows(values: jax.Array) -> jax.Array:
+    """`values` with a last axis divisible by 8: as it is, or flattened per sample and padded."""
+    if values.ndim > 1 and values.shape[-1] % 8 == 0:
+        return values
+    flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
+    return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 8)))

@@ -1,0 +1,307 @@
+"""bdia_scan: a stack of residual blocks trained without storing its activations.
+
+The whole method: one forward scan that keeps the last two states and the packed side
+bits, and one reverse scan that rebuilds each state while it accumulates gradients.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bdia_jax import _checks
+from bdia_jax.fixed_point import (
+    FixedPoint,
+    dequantize,
+    pack_bits,
+    quantize,
+    straight_through,
+    unpack_bits,
+)
+from bdia_jax.recurrence import inverse_step, mix, step, step_any_gamma
+
+PyTree = Any
+
+
+def bdia_scan(
+    block_fn: Callable[..., Any],
+    params: PyTree,
+    x0: jax.Array,
+    gamma: jax.Array | None,
+    *consts: PyTree,
+    fixed_point: FixedPoint | None = FixedPoint(),
+    backprop: str = "reversible",
+    has_aux: bool = False,
+) -> Any:
+    """Runs K residual blocks as a BDIA-transformer (arXiv 2407.09093) and returns x_K.
+
+    x_{k+1} = gamma_k x_{k-1} + Q[(1 - gamma_k) x_k + (1 + gamma_k) h_k(x_k)]   (eq. 21)
+
+    with fixed-point states, or eq. 10 in floating point if `fixed_point` is None. With
+    gamma None (inference) it is x_{k+1} = Q[x_k + h_k(x_k)], the unchanged transformer.
+    The backward pass of "reversible" rebuilds every state by eq. 24 from the last two
+    and `fixed_point.side_bits` bits per activation and block. The rebuild is exact if the
+    block, evaluated again, comes within `fixed_point.drift_bound` quanta of its first
+    evaluation; `bdia_jax.audit` measures that. Rounding is straight-through: its
+    derivative is one.
+
+    Args:
+        block_fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`: everything block
+            k adds to the residual stream. x is float32 [B, ..., D], h any float dtype of the
+            same shape. It must be deterministic (dropout takes its key from params_k) and
+            must not close over traced values; those go through params or consts.
+        params: pytree of arrays stacked on a leading axis K. Float leaves get gradients;
+            integers, booleans and PRNG keys ride along.
+        x0: float32 or bfloat16 [B, ..., D].
+        gamma: float [K, B] or [K, 1] from `sample_gamma`, row 0 zero, or None. No gradient
+            flows into it. Under jit its values cannot be read, so a bad one (row 0 not zero,
+            or not +-2^-gamma_bits when reversible) makes x_K NaN instead of raising.
+        *consts: pytrees handed to every block (encoder memory, masks, conditioning); the
+            gradients of their float leaves are summed over blocks.
+        fixed_point: the state format, or None for no quantization.
+        backprop: "reversible"; "store", plain autodiff, the reference; or "remat",
+            `jax.checkpoint` around every block. The forward values are the same bits. Only
+            the latter two take gamma of any magnitude, and only they can differentiate
+            with gamma None.
+        has_aux: whether block_fn returns (h, aux).
+
+    Returns:
+        x_K, float32 [B, ..., D]; with `has_aux` also aux, stacked [K, ...], differentiable.
+        A state that is not finite or leaves +-2^(31 - frac_bits) makes x_K NaN there.
+
+    Raises:
+        ValueError: at trace time, with the offending value and the remedy.
+
+    Example:
+        >>> import bdia_jax as bdia
+        >>> w = 0.1 * jax.random.normal(jax.random.key(0), (12, 16, 16))
+        >>> x0 = jax.random.normal(jax.random.key(1), (4, 16))
+        >>> gamma = bdia.sample_gamma(jax.random.key(2), depth=12, batch_size=4)
+        >>> loss = lambda w: jnp.sum(bdia.bdia_scan(lambda w, x: jnp.tanh(x @ w), w, x0, gamma))
+        >>> jax.grad(loss)(w).shape
+        (12, 16, 16)
+    """
+    call = prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
+    if backprop == "reversible":
+        try:
+            x_last, aux = _reversible(call.static, *call.operands)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise ValueError(
+                "backprop='reversible' has no forward-mode derivative (jvp, jacfwd, hessian); "
+                "use backprop='store' for it"
+            ) from error
+    else:
+        x_last, aux = _autodiff(call.static, *call.operands, remat=backprop == "remat")
+    x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
+    return (x_last, call.static.merge_aux(*aux)) if has_aux else x_last
+
+
+class Split(NamedTuple):
+    """A pytree's leaves, those with a gradient apart from those without."""
+
+    diff: list
+    data: list
+
+
+class Static(NamedTuple):
+    """What is known at trace time: the block over split leaves, and the format."""
+
+    block: Callable[[Split, jax.Array, Split], tuple[jax.Array, Split]]
+    fixed_point: FixedPoint | None
+    merge_aux: Callable[[list, list], PyTree]
+
+
+class Call(NamedTuple):
+    static: Static
+    operands: tuple
+    gamma_is_valid: jax.Array | bool
+
+
+def prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux) -> Call:
+    """Checks everything, and separates what is differentiated from what is not."""
+    _checks.check_choices(fixed_point, backprop)
+    params = _checks.as_arrays(params, "params")
+    consts = _checks.as_arrays(consts, "consts")
+    x0 = _checks.check_x0(x0)
+    depth = _checks.check_depth(params)
+    gamma, gamma_is_valid = _checks.check_gamma(
+        gamma, depth, x0.shape[0], fixed_point if backprop == "reversible" else None
+    )
+    split_params, merge_params = _splitter(params)
+    split_consts, merge_consts = _splitter(consts)
+    aux_shape = _checks.check_block(block_fn, params, x0, consts, has_aux)
+    _, merge_aux = _splitter(aux_shape)
+
+    def block(params_k: Split, x: jax.Array, shared: Split):
+        out = block_fn(merge_params(*params_k), x, *merge_consts(*shared))
+        h, aux = out if has_aux else (out, None)
+        return h.astype(jnp.float32), _splitter(aux)[0]
+
+    static = Static(block, fixed_point, merge_aux)
+    return Call(static, (split_params, x0, gamma, split_consts), gamma_is_valid)
+
+
+def _splitter(tree: PyTree):
+    """(Split of the leaves, the function that puts such a split back into the tree)."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_diff = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    split = Split(
+        [leaf for leaf, diff in zip(leaves, is_diff, strict=True) if diff],
+        [leaf for leaf, diff in zip(leaves, is_diff, strict=True) if not diff],
+    )
+
+    def merge(diff: list, data: list) -> PyTree:
+        diff_leaves, data_leaves = iter(diff), iter(data)
+        return treedef.unflatten([next(diff_leaves if d else data_leaves) for d in is_diff])
+
+    return split, merge
+
+
+def _per_sample(gamma_k: jax.Array, x: jax.Array) -> jax.Array:
+    """[B] or [1] -> [B, 1, ..., 1]."""
+    return gamma_k.reshape(gamma_k.shape + (1,) * (x.ndim - 1))
+
+
+# --- "reversible": nothing is kept but the last two states and the side bits ----------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reversible(static: Static, params: Split, x0, gamma, consts: Split):
+    (_, n_last), (aux, _) = forward_scan(static, params, x0, gamma, consts)
+    return dequantize(n_last, static.fixed_point), aux
+
+
+def forward_scan(static: Static, params: Split, x0, gamma, consts: Split, probe=None):
+    """((n_{K-1}, n_K), (aux [K, ...], packed side bits [K, ...])).
+
+    With `probe(n_prev, pre_round)` its results, stacked, take the place of aux.
+    """
+    fixed_point = static.fixed_point
+
+    def body(carry, block_inputs):
+        n_prev, n = carry
+        params_k, gamma_k = block_inputs
+        x = dequantize(n, fixed_point)
+        h, aux = static.block(params_k, x, consts)
+        if gamma_k is None:
+            return (n, quantize(x + h, fixed_point)), (aux, None)
+        n_next, side, pre_round = step(n_prev, n, h, _per_sample(gamma_k, n), fixed_point)
+        if probe is not None:
+            aux = probe(n_prev, pre_round)
+        return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits))
+
+    n0 = quantize(x0, fixed_point)
+    return jax.lax.scan(body, (n0, n0), (params, gamma))
+
+
+def _reversible_fwd(static, params, x0, gamma, consts):
+    if gamma is None:
+        raise ValueError(
+            "backprop='reversible' cannot differentiate gamma=None (inference); pass "
+            "gamma=sample_gamma(...) to train, or backprop='store' or 'remat'"
+        )
+    (n_prev, n_last), (aux, packed) = forward_scan(static, params, x0, gamma, consts)
+    residuals = (params, gamma, consts, n_prev, n_last, packed, jnp.zeros((0,), x0.dtype))
+    return (dequantize(n_last, static.fixed_point), aux), residuals
+
+
+def _reversible_bwd(static, residuals, cotangents):
+    params, gamma, consts, n_prev, n_last, packed, x0_like = residuals
+    (ct_params, ct_x0, ct_consts), _ = reverse_scan(
+        static, params, gamma, consts, (n_prev, n_last), packed, cotangents
+    )
+    return Split(ct_params, None), ct_x0.astype(x0_like.dtype), None, Split(ct_consts, None)
+
+
+_reversible.defvjp(_reversible_fwd, _reversible_bwd)
+
+
+def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents, probe=None):
+    """Rebuilds x_{K-1} .. x_0 and accumulates cotangents on the way.
+
+    With u the cotangent of x_{k+1}: x_{k-1} gets gamma_k u; x_k gets
+    (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
+    (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
+
+    `probe` is (look, inputs [K, ...]): `look(inputs_k, n_prev, correction, pre_round)` lets
+    `audit` see every rebuild as training compiles it; its results come back stacked.
+    """
+    fixed_point = static.fixed_point
+    ct_x, (ct_aux, _) = cotangents
+
+    def body(carry, block_inputs):
+        n, n_next, u_here, u, ct_consts = carry
+        params_k, gamma_k, packed_k, ct_aux_k, probe_inputs = block_inputs
+
+        def differentiable(diff, x, diff_consts):
+            h, aux = static.block(
+                Split(diff, params_k.data), x, Split(diff_consts, consts.data)
+            )
+            return h, aux.diff
+
+        gamma_x = _per_sample(gamma_k, n)
+        x = dequantize(n, fixed_point)
+        (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
+        side = unpack_bits(packed_k, fixed_point.side_bits, n.shape)
+        n_prev, correction, pre_round = inverse_step(n_next, n, h, gamma_x, side, fixed_point)
+
+        ct_params_k, ct_x_block, ct_consts_k = block_vjp(((1.0 + gamma_x) * u, ct_aux_k))
+        u_here = u_here + (1.0 - gamma_x) * u + ct_x_block
+        u_prev = gamma_x * u
+        ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_k)
+        seen = look and look(probe_inputs, n_prev, correction, pre_round)
+        return (n_prev, n, u_prev, u_here, ct_consts), (ct_params_k, seen)
+
+    n_prev, n_last = last_states
+    init = (n_prev, n_last, jnp.zeros_like(ct_x), ct_x, jax.tree.map(jnp.zeros_like, consts.diff))
+    look, all_probe_inputs = probe or (None, None)
+    (_, n0, _, ct_x0, ct_consts), (ct_params, seen) = jax.lax.scan(
+        body, init, (params, gamma, packed, ct_aux, all_probe_inputs), reverse=True
+    )
+    return (ct_params, ct_x0, ct_consts), (n0, seen)
+
+
+# --- "store" and "remat": the same forward, differentiated by JAX ---------------------
+
+
+def _autodiff(static: Static, params: Split, x0, gamma, consts: Split, remat: bool):
+    """The recurrence in a form JAX differentiates; `x` shadows `n` to carry gradients."""
+    fixed_point = static.fixed_point
+
+    def exact_body(carry, block_inputs):
+        (n_prev, x_prev), (n, x) = carry
+        params_k, gamma_k = block_inputs
+        h, aux = static.block(params_k, x, consts)
+        if gamma_k is None:
+            y = x + h
+            n_next = quantize(y, fixed_point)
+        else:
+            gamma_x = _per_sample(gamma_k, n)
+            y = gamma_x * x_prev + mix(x, h, gamma_x)
+            n_next = step_any_gamma(n_prev, n, jax.lax.stop_gradient(h), gamma_x, fixed_point)
+        x_next = straight_through(y, dequantize(n_next, fixed_point))
+        return ((n, x), (n_next, x_next)), aux
+
+    def float_body(carry, block_inputs):
+        x_prev, x = carry
+        params_k, gamma_k = block_inputs
+        h, aux = static.block(params_k, x, consts)
+        if gamma_k is None:
+            return (x, x + h), aux
+        gamma_x = _per_sample(gamma_k, x)
+        return (x, gamma_x * x_prev + mix(x, h, gamma_x)), aux
+
+    x0 = x0.astype(jnp.float32)
+    if fixed_point is None:
+        body, state = float_body, x0
+    else:
+        n0 = quantize(x0, fixed_point)
+        body, state = exact_body, (n0, straight_through(x0, dequantize(n0, fixed_point)))
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    (_, last), aux = jax.lax.scan(body, (state, state), (params, gamma))
+    return (last if fixed_point is None else last[1]), aux
