@@ -108,6 +108,19 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
     return gamma, True
 
 
+def check_magnitude(magnitude: float, fixed_point, backprop: str) -> None:
+    """For stacks, which know |gamma| before tracing. 0 stands for gamma None."""
+    check_choices(fixed_point, backprop)
+    if backprop != "reversible" or magnitude in (0, 2.0**-fixed_point.gamma_bits):
+        return
+    p = fixed_point.gamma_bits
+    raise ValueError(
+        f"magnitude is {magnitude}, but backprop='reversible' with gamma_bits={p} needs "
+        f"{2.0**-p}; use FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' or "
+        "'remat' for any other"
+    )
+
+
 def _first_bad(values, ok) -> float:
     return float(np.asarray(values)[~np.asarray(ok)][0])
 

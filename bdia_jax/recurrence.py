@@ -17,9 +17,7 @@ from bdia_jax.fixed_point import (
 )
 
 
-def sample_gamma(
-    key: jax.Array, depth: int, batch_size: int, magnitude: float = 0.5
-) -> jax.Array:
+def sample_gamma(key: jax.Array, depth: int, batch_size: int, magnitude: float = 0.5) -> jax.Array:
     """gamma_k in {+magnitude, -magnitude} per block and sample; row 0 is zero.
 
     Eq. 10 trains with gamma_k drawn independently for every sample and block; the first

@@ -238,9 +238,7 @@ def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents,
         params_k, gamma_k, packed_k, ct_aux_k, probe_inputs = block_inputs
 
         def differentiable(diff, x, diff_consts):
-            h, aux = static.block(
-                Split(diff, params_k.data), x, Split(diff_consts, consts.data)
-            )
+            h, aux = static.block(Split(diff, params_k.data), x, Split(diff_consts, consts.data))
             return h, aux.diff
 
         gamma_x = _per_sample(gamma_k, n)

@@ -1,0 +1,1 @@
+"""Models built from shared blocks, one file each."""

@@ -1,0 +1,94 @@
+"""ViT: the vision transformer of the paper's CIFAR experiments, as a BDIA stack."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.fixed_point import FixedPoint
+from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.nnx import BDIAStack
+
+
+class ViT(nnx.Module):
+    """Vision transformer with a class token and learned positions.
+
+    The defaults are the paper's CIFAR model: patch 4, width 512, depth 6, 8 heads, mlp 512,
+    dropout 0.1. The plain ViT is `magnitude=0, fixed_point=None, backprop="store"`.
+
+    Args:
+        image_shape: (height, width, channels); the patch size divides the first two.
+        num_classes: size of the output.
+        patch_size, width, depth, num_heads, mlp_dim, dropout_rate: the architecture; dropout
+            also follows the position embedding.
+        dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
+            and logits are float32.
+        magnitude, fixed_point, backprop: as in `bdia_jax.nnx.BDIAStack`.
+        rngs: initializes parameters; seeds dropout and gamma.
+
+    Raises:
+        ValueError: a patch size that does not divide the image, heads that do not divide width.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (32, 32, 3),
+        num_classes: int = 10,
+        *,
+        patch_size: int = 4,
+        width: int = 512,
+        depth: int = 6,
+        num_heads: int = 8,
+        mlp_dim: int = 512,
+        dropout_rate: float = 0.1,
+        dtype=jnp.float32,
+        magnitude: float = 0.5,
+        fixed_point: FixedPoint | None = FixedPoint(),
+        backprop: str = "reversible",
+        rngs: nnx.Rngs,
+    ):
+        height, image_width, channels = image_shape
+        if height % patch_size or image_width % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide the image {image_shape}")
+        self.image_shape = tuple(image_shape)
+        tokens = (height // patch_size) * (image_width // patch_size) + 1
+        patch = (patch_size, patch_size)
+        self.patches = nnx.Conv(
+            channels, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs
+        )
+        self.class_token = nnx.Param(rngs.params.normal((1, 1, width)) * 0.02)
+        self.positions = nnx.Param(rngs.params.normal((1, tokens, width)) * 0.02)
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.stack = BDIAStack(
+            partial(_make_block, width, num_heads, mlp_dim, dropout_rate, dtype),
+            depth,
+            rngs=rngs,
+            magnitude=magnitude,
+            fixed_point=fixed_point,
+            backprop=backprop,
+        )
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits, float32 [B, num_classes].
+
+        Args:
+            images: float [B, height, width, channels], normalized by the caller.
+            rngs: streams "dropout" and "gamma" for this call, in place of the model's own.
+        """
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f"images have shape {images.shape}, expected [B, *{self.image_shape}]")
+        patches = self.patches(images).astype(jnp.float32)
+        tokens = patches.reshape(len(images), -1, patches.shape[-1])
+        class_token = jnp.broadcast_to(self.class_token[...], (len(images), 1, tokens.shape[-1]))
+        x = jnp.concatenate([class_token, tokens], axis=1) + self.positions[...]
+        x = self.stack(self.dropout(x, rngs=rngs), rngs=rngs)
+        return self.head(self.norm(x[:, 0]))
+
+
+def _make_block(width, num_heads, mlp_dim, dropout_rate, dtype, rngs):
+    return PreNormBlock(
+        width, num_heads, mlp_dim, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs
+    )
