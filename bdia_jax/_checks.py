@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bdia_jax.fixed_point import FixedPoint
 
@@ -87,7 +88,7 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
     rest_ok = jnp.isfinite(gamma[1:])
     if reversible_format is not None:
         rest_ok = jnp.abs(gamma[1:]) == 2.0**-reversible_format.gamma_bits
-    if isinstance(gamma, jax.core.Tracer):
+    if isinstance(gamma, Tracer):
         return gamma, jnp.all(first_ok) & jnp.all(rest_ok)
     if not np.all(first_ok):
         raise ValueError(
@@ -134,7 +135,7 @@ def check_block(block_fn, params, x0, consts, has_aux):
     params_k = jax.tree.map(slice_of, params)
     x = jax.ShapeDtypeStruct(x0.shape, jnp.float32)
     jaxpr, out = jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
-    traced = [const for const in jaxpr.consts if isinstance(const, jax.core.Tracer)]
+    traced = [const for const in jaxpr.consts if isinstance(const, Tracer)]
     if traced:
         raise ValueError(
             f"block_fn closes over {len(traced)} traced value(s), the first of "

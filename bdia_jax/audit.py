@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bdia_jax.fixed_point import FixedPoint, quantize
 from bdia_jax.scan import Split, forward_scan, prepare, reverse_scan
@@ -78,7 +79,7 @@ def audit(
     block_fn: Callable[..., Any],
     params: Any,
     x0: jax.Array,
-    gamma: jax.Array,
+    gamma: jax.Array | None,
     *consts: Any,
     fixed_point: FixedPoint = FixedPoint(),
     has_aux: bool = False,
@@ -113,7 +114,7 @@ def audit(
     static, operands, _ = prepare(
         block_fn, params, x0, gamma, consts, fixed_point, "reversible", has_aux
     )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
 
     unprobed = jax.jit(lambda operands: _backward(static, operands, probe=False))

@@ -10,7 +10,7 @@ import optax
 class SetAdamState(NamedTuple):
     """count: steps taken; mu, nu: first and second moments, shaped like the parameters."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     nu: Any
 
@@ -83,11 +83,10 @@ def scale_by_set_adam(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment(updates, state.nu, b2, 2)
-        debias1 = 1 - b1 ** count.astype(jnp.float32)
-        debias2 = 1 - b2 ** count.astype(jnp.float32)
+        debias1, debias2 = (1 - jnp.power(b, jnp.float32(count)) for b in (b1, b2))
 
         def direction(m, v, is_stacked):
             axes = tuple(range(1 if is_stacked else 0, v.ndim))

@@ -86,7 +86,7 @@ def bdia_scan(
     call = prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
     if backprop == "reversible":
         try:
-            x_last, aux = _reversible(call.static, *call.operands)
+            result: Any = _reversible(call.static, *call.operands)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -95,7 +95,8 @@ def bdia_scan(
                 "use backprop='store' for it"
             ) from error
     else:
-        x_last, aux = _autodiff(call.static, *call.operands, remat=backprop == "remat")
+        result = _autodiff(call.static, *call.operands, remat=backprop == "remat")
+    x_last, aux = result
     x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
     return (x_last, call.static.merge_aux(*aux)) if has_aux else x_last
 
@@ -103,15 +104,15 @@ def bdia_scan(
 class Split(NamedTuple):
     """A pytree's leaves, those with a gradient apart from those without."""
 
-    diff: list
-    data: list
+    diff: Any
+    data: Any
 
 
 class Static(NamedTuple):
     """What is known at trace time: the block over split leaves, and the format."""
 
     block: Callable[[Split, jax.Array, Split], tuple[jax.Array, Split]]
-    fixed_point: FixedPoint | None
+    fixed_point: Any  # FixedPoint; None only on the way to _autodiff
     merge_aux: Callable[[list, list], PyTree]
 
 

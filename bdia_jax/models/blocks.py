@@ -6,18 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-
-def _linear(in_dim: int, out_dim: int, *, dtype, out_dtype=None, rngs: nnx.Rngs, **kwargs):
-    """nnx.Linear with operands in `dtype` and, if given, accumulation and output in `out_dtype`.
-
-    A projection that ends a residual branch returns float32: rounded to bfloat16 at
-    magnitude 4, h would move in steps of eight quanta (frac_bits 9), more than a guard
-    bit absorbs.
-    """
-    dot_general = jax.lax.dot_general
-    if out_dtype is not None:
-        dot_general = partial(jax.lax.dot_general, preferred_element_type=out_dtype)
-    return nnx.Linear(in_dim, out_dim, dtype=dtype, dot_general=dot_general, rngs=rngs, **kwargs)
+# A projection that ends a residual branch accumulates into float32 and returns it: rounded
+# to bfloat16 at magnitude 4, h would move in steps of eight quanta (frac_bits 9), far more
+# than a guard bit absorbs.
+_residual_linear = partial(nnx.Linear, preferred_element_type=jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -46,8 +38,8 @@ class Attention(nnx.Module):
             raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.is_causal = is_causal
-        self.qkv = _linear(width, 3 * width, dtype=dtype, use_bias=qkv_bias, rngs=rngs)
-        self.out = _linear(width, width, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, dtype=dtype, use_bias=qkv_bias, rngs=rngs)
+        self.out = _residual_linear(width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -71,8 +63,8 @@ class MLP(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.hidden = _linear(width, mlp_dim, dtype=dtype, rngs=rngs)
-        self.out = _linear(mlp_dim, width, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.hidden = nnx.Linear(width, mlp_dim, dtype=dtype, rngs=rngs)
+        self.out = _residual_linear(mlp_dim, width, dtype=dtype, rngs=rngs)
         self.hidden_dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 

@@ -1,0 +1,1 @@
+"""Measurements behind the README's tables and figures: python -m benchmarks.NAME."""

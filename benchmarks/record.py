@@ -1,0 +1,101 @@
+"""Where a result came from: device, versions, date and command, beside the numbers."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_HERE = Path(__file__).parent
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options every benchmark has: --out, and --toy or --gpu sizes."""
+    options = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    options.add_argument("--out", type=Path, default=_HERE / "results", help="folder for the JSON")
+    size = options.add_mutually_exclusive_group()
+    size.add_argument("--toy", action="store_true", help="seconds, for tests; needs --out")
+    size.add_argument("--gpu", action="store_true", help="sizes that fill a GPU")
+    return options
+
+
+def parse(options: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """argv parsed, without the chance of toy numbers in the committed results."""
+    args = options.parse_args(argv)
+    if args.toy and args.out == _HERE / "results":
+        options.error("--toy needs --out DIR: the default folder holds the committed results")
+    return args
+
+
+def write(
+    name: str, results: Any, config: dict[str, Any], *, argv: list[str], args: argparse.Namespace
+) -> Path:
+    """Writes NAME.json, or NAME_gpu.json where JAX runs on a GPU, into args.out.
+
+    Args:
+        name: of the benchmark, as in python -m benchmarks.NAME.
+        results: what was measured, JSON-able.
+        config: the sizes it was measured with.
+        argv: the command line; --out is left out of the record, it is not part of the result.
+        args: argv parsed.
+
+    Returns:
+        The path of the file.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{stem(name)}.json"
+    document = {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *_without_out(argv)]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": _device(),
+        "versions": _versions(),
+        "config": config,
+        "results": results,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def stem(name: str) -> str:
+    """The file name without its ending: results of a GPU stand beside those of the CPU."""
+    backend = jax.default_backend()
+    return name if backend == "cpu" else f"{name}_{backend}"
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's model, as a figure says it."""
+    device = _device()
+    return device["cpu_model"] if device["platform"] == "cpu" else device["kind"]
+
+
+def _without_out(argv: list[str]) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--out" and not word.startswith("--out="):
+            kept.append(word)
+        skip = word == "--out"
+    return kept
+
+
+def _device() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "cpu_model": models[0] if models else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    project = tomllib.loads((_HERE.parent / "pyproject.toml").read_text())["project"]
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    return {"python": platform.python_version(), **packages, "bdia_jax": project["version"]}

@@ -1,0 +1,34 @@
+"""Several CPU devices, so that sharded equals unsharded can be tested; `gpu` tests need a GPU."""
+
+import os
+import sys
+
+_FLAG = "--xla_force_host_platform_device_count"
+if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    # only the CPU platform reads this; on a GPU it changes nothing
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=4".strip()
+
+import jax
+import pytest
+from hypothesis import settings
+
+settings.register_profile("bdia", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("bdia")
+
+
+def pytest_collection_modifyitems(items):
+    if not any(item.get_closest_marker("gpu") for item in items) or _has_gpu():
+        return
+    skip = pytest.mark.skip(reason=f"needs a GPU; jax found only {jax.devices()[0].platform}")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def _has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(20240709)

@@ -1,0 +1,1 @@
+"""TFDS builders for data that TFDS lacks. None needs TensorFlow."""
