@@ -127,7 +127,7 @@ def _first_bad(values, ok) -> float:
 
 
 def check_block(block_fn, params, x0, consts, has_aux):
-    """Traces block_fn once on abstract values; returns the shapes of its aux."""
+    """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
 
     def slice_of(leaf):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -156,4 +156,4 @@ def check_block(block_fn, params, x0, consts, has_aux):
             f"block_fn returned h of shape {h.shape} and dtype {h.dtype} for x of shape "
             f"{x0.shape}; h is added to x, so it must be a float array of that shape"
         )
-    return aux
+    return jaxpr, aux

@@ -21,6 +21,7 @@ from bdia_jax.fixed_point import (
     unpack_bits,
 )
 from bdia_jax.recurrence import inverse_step, mix, step, step_any_gamma
+from bdia_jax.rounding import has_half_precision, pin_rounding
 
 PyTree = Any
 
@@ -134,8 +135,11 @@ def prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
     )
     split_params, merge_params = _splitter(params)
     split_consts, merge_consts = _splitter(consts)
-    aux_shape = _checks.check_block(block_fn, params, x0, consts, has_aux)
+    jaxpr, aux_shape = _checks.check_block(block_fn, params, x0, consts, has_aux)
     _, merge_aux = _splitter(aux_shape)
+
+    if has_half_precision(jaxpr.jaxpr):
+        block_fn = pin_rounding(block_fn)
 
     def block(params_k: Split, x: jax.Array, shared: Split):
         out = block_fn(merge_params(*params_k), x, *merge_consts(*shared))

@@ -6,6 +6,7 @@ the same for every variant and not counted.
 """
 
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -36,12 +37,12 @@ VARIANTS = {
     "bdia_guard0": BDIA_GUARD_0,
     "bdia_guard1": BDIA_GUARD_1,
 }
-# label and Okabe-Ito colour of each line
+# label, Okabe-Ito colour, vertical offset of the label in points, marker
 STYLES = {
-    "plain": ("plain autodiff", "#D55E00"),
-    "remat": ("per-block jax.checkpoint", "#E69F00"),
-    "bdia_guard1": ("BDIA, 1 guard bit (default)", "#0072B2"),
-    "bdia_guard0": ("BDIA, 0 guard bits", "#56B4E9"),
+    "plain": ("plain autodiff", "#D55E00", 0, "o"),
+    "remat": ("per-block jax.checkpoint", "#9A6A00", 0, "D"),
+    "bdia_guard1": ("BDIA, 1 guard bit (default)", "#0072B2", 12, "o"),
+    "bdia_guard0": ("BDIA, 0 guard bits", "#009E73", -16, "s"),
 }
 
 
@@ -52,6 +53,8 @@ def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
         sizes = []
         for depth in depths:
             analysis = lower_gradient(shape, depth, variant).compile().memory_analysis()
+            if analysis is None:
+                raise RuntimeError(f"{jax.default_backend()} does not analyse memory")
             sizes.append(analysis.temp_size_in_bytes)
         rows[name] = {
             "temp_bytes": dict(zip(map(str, depths), sizes, strict=True)),
@@ -69,6 +72,8 @@ def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
 
 def compile_seconds(shape: Shape, depths: list[int], repeats: int) -> dict:
     """Median seconds to trace and compile the reversible gradient, by depth."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        raise RuntimeError("nothing is compiled twice with JAX_COMPILATION_CACHE_DIR set; unset it")
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
     for _ in range(repeats):
         for depth in depths:
@@ -83,39 +88,49 @@ def compile_seconds(shape: Shape, depths: list[int], repeats: int) -> dict:
 
 
 def draw(rows: dict[str, dict], shape: Shape, path: Path) -> None:
-    """Temporary memory against depth on a log axis, one labelled line a variant."""
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=200)
-    for name, (label, color) in STYLES.items():
+    """Temporary memory against depth: all variants, and beside it those that remat or rebuild."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), dpi=160, layout="constrained")
+    _draw_panel(panels[0], rows, STYLES)
+    _draw_panel(panels[1], rows, {name: STYLES[name] for name in STYLES if name != "plain"})
+    panels[0].set_ylabel("temporary memory (MiB)")
+    panels[0].set_title("all variants", loc="left", fontsize=10)
+    panels[1].set_title("the same without plain autodiff", loc="left", fontsize=10)
+    figure.suptitle(
+        f"One training gradient of K transformer blocks, {shape.dtype}, B={shape.batch} "
+        f"T={shape.tokens} D={shape.width}, on {record.device_name()}",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw_panel(axes, rows, styles) -> None:
+    depths, sizes = [], []
+    for name, (label, color, offset, marker) in styles.items():
         depths = [int(depth) for depth in rows[name]["temp_bytes"]]
         sizes = [size / MIB for size in rows[name]["temp_bytes"].values()]
-        slope = rows[name]["bytes_per_block"] / MIB
-        axes.plot(depths, sizes, "o-", color=color, linewidth=2, markersize=5, label=label)
-        lift = {"bdia_guard1": 7, "bdia_guard0": -7}.get(name, 0)  # nearly the same line
-        axes.annotate(
-            f"{label}\n+{slope:.2g} MiB a block",
-            (depths[-1], sizes[-1]),
-            xytext=(8, 2 * lift),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=9,
-        )
-    axes.set_yscale("log")
-    axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.plot(depths, sizes, marker + "-", color=color, linewidth=2, markersize=5)
+        axes.set_xticks(depths)
+        if len(styles) == len(rows) and name.startswith(("bdia", "remat")):
+            continue  # indistinguishable in the panel of all: one label for the three, below
+        text = f"{label}\n+{rows[name]['bytes_per_block'] / MIB:.3g} MiB per block"
+        _label(axes, text, depths[-1], sizes[-1], offset, color)
+    if len(styles) == len(rows):
+        _label(axes, "jax.checkpoint, BDIA\n(see right)", depths[-1], sizes[-1], 8, "0.35")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.04)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("depth K (blocks)")
-    axes.set_ylabel("temporary memory (MiB)")
-    axes.set_title(
-        f"One training gradient, B={shape.batch} T={shape.tokens} D={shape.width} {shape.dtype}, "
-        f"on {record.device_name()}",
-        fontsize=10,
-        loc="left",
-    )
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+
+
+def _label(axes, text, x, y, offset, color) -> None:
+    place = {"xytext": (7, offset), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (x, y), color=color, fontsize=9, annotation_clip=False, **place)
 
 
 def main(argv: list[str]) -> dict:

@@ -36,7 +36,7 @@ def parse(options: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 def write(
     name: str, results: Any, config: dict[str, Any], *, argv: list[str], args: argparse.Namespace
 ) -> Path:
-    """Writes NAME.json, or NAME_gpu.json where JAX runs on a GPU, into args.out.
+    """Writes NAME.json into args.out; NAME_gpu.json on a GPU, NAME_strict.json under that flag.
 
     Args:
         name: of the benchmark, as in python -m benchmarks.NAME.
@@ -53,6 +53,7 @@ def write(
     document = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *_without_out(argv)]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "xla_flags": [flag for flag in _xla_flags() if "/" not in flag],  # no folders
         "device": _device(),
         "versions": _versions(),
         "config": config,
@@ -63,9 +64,16 @@ def write(
 
 
 def stem(name: str) -> str:
-    """The file name without its ending: results of a GPU stand beside those of the CPU."""
+    """The file name without its ending: what ran elsewhere or otherwise is kept apart."""
     backend = jax.default_backend()
-    return name if backend == "cpu" else f"{name}_{backend}"
+    suffixes = [] if backend == "cpu" else [backend]
+    if "--xla_allow_excess_precision=false" in _xla_flags():
+        suffixes.append("strict")
+    return "_".join([name, *suffixes])
+
+
+def _xla_flags() -> list[str]:
+    return os.environ.get("XLA_FLAGS", "").split()
 
 
 def device_name() -> str:

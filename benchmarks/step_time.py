@@ -57,6 +57,7 @@ class Stepper:
     def seconds(self, steps: int) -> float:
         """Mean seconds of a step over `steps` steps in a row."""
         start = time.perf_counter()
+        loss = grad_x = jnp.zeros(())
         for _ in range(steps):
             self.params, loss, grad_x = self.step(self.params, self.rest, self.x, self.key)
         jax.block_until_ready((self.params, loss, grad_x))
@@ -91,11 +92,12 @@ def measure(shape: Shape, depth: int, rounds: int, steps: int) -> dict[str, dict
     rows: dict[str, dict | None] = dict.fromkeys(VARIANTS)
     for name, values in seconds.items():
         low, median, high = statistics.quantiles(values, n=4)
-        rows[name] = {"median": median, "quartiles": [low, high], "seconds": values}
+        row = {"median": median, "quartiles": [low, high], "seconds": values}
         if "remat" in seconds:
             pairs = zip(values, seconds["remat"], strict=True)
-            rows[name]["ratio_to_remat"] = statistics.median(ours / remat for ours, remat in pairs)
-        ratio = rows[name].get("ratio_to_remat", float("nan"))
+            row["ratio_to_remat"] = statistics.median(ours / remat for ours, remat in pairs)
+        rows[name] = row
+        ratio = row.get("ratio_to_remat", float("nan"))
         print(f"{name:12s} {median:9.4f} s  [{low:.4f}, {high:.4f}]  {ratio:.3f} x remat")
     return rows
 

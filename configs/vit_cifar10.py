@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.eval_split = "test"
     config.crop_padding = 4
     config.flip = True
-    config.model.update(patch_size=4, width=512, depth=6, num_heads=8, mlp_dim=512)
+    model = {"patch_size": 4, "width": 512, "depth": 6, "num_heads": 8, "mlp_dim": 512}
+    config.update({"model": model})
     config.schedule = "constant"
     config.learning_rate = 1e-4
     config.warmup_steps = 0

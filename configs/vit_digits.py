@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.data_dir = ""
     config.train_split = "train"
     config.eval_split = "validation"
-    config.crop_padding = 1
+    config.crop_padding = 0
     config.flip = False
 
     config.model = ConfigDict()
@@ -42,8 +42,8 @@ def get_config() -> ConfigDict:
     config.grad_clip_norm = 1.0
 
     config.batch_size = 64
-    config.num_steps = 2_000
-    config.log_every_steps = 50
-    config.eval_every_steps = 200
-    config.checkpoint_every_steps = 500
+    config.num_steps = 600
+    config.log_every_steps = 20
+    config.eval_every_steps = 100
+    config.checkpoint_every_steps = 200
     return config.lock()

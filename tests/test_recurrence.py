@@ -24,9 +24,7 @@ def random_states(seed, size, reach=2**20):
 
 
 def all_formats(max_guard=3):
-    return [
-        FixedPoint(gamma_bits=p, guard_bits=g) for p in (1, 2, 3) for g in range(max_guard + 1)
-    ]
+    return [FixedPoint(gamma_bits=p, guard_bits=g) for p in (1, 2, 3) for g in range(max_guard + 1)]
 
 
 # --- gamma ---------------------------------------------------------------------------
@@ -97,9 +95,8 @@ def test_the_first_block_is_the_plain_step_and_forgets_n_prev():
 def test_a_block_that_returns_no_number_marks_its_element_and_no_other(bad):
     n_prev, n, h, sigma = random_states(0, 8)
     expected, _, _ = step_jit(n_prev, n, h, 0.5 * sigma, FixedPoint())
-    h[3] = bad
-    n_next, _, _ = step_jit(n_prev, n, h, 0.5 * np.abs(sigma), FixedPoint())
-    n_next, _, _ = step_jit(n_prev, n, h, 0.5 * sigma, FixedPoint())
+    h_bad = np.where(np.arange(8) == 3, np.float32(bad), h)
+    n_next, _, _ = step_jit(n_prev, n, h_bad, 0.5 * sigma, FixedPoint())
     assert n_next[3] == INVALID and np.isnan(dequantize(n_next, FixedPoint())[3])
     others = np.arange(8) != 3
     np.testing.assert_array_equal(np.asarray(n_next)[others], np.asarray(expected)[others])
@@ -111,7 +108,7 @@ def test_a_state_that_leaves_int32_is_marked_though_every_term_fits(sign):
     n_prev, n = (np.array([sign * (2**31 - 2**8)], np.int32),) * 2
     h = np.array([sign * 2.0**21], np.float32)  # 1.5 h + 0.5 x + 0.5 x_prev > 2^22
     n_next, _, pre_round = step_jit(n_prev, n * 0, h, np.float32([0.5]), fp)
-    assert abs(pre_round[0]) < 2**31
+    assert abs(float(pre_round[0])) < 2**31
     assert n_next[0] == INVALID
 
 
@@ -210,7 +207,7 @@ def test_without_guard_bits_a_tiny_drift_corrupts(gamma_bits):
     assert not correction.any()
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     gamma_bits=st.integers(1, 3),
     guard_bits=st.integers(1, 5),

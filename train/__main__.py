@@ -1,9 +1,8 @@
 """python -m train --config=configs/vit_digits.py --workdir=runs/digits [--config.batch_size=64]"""
 
-import logging
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from train.config import Config
@@ -12,13 +11,15 @@ from train.train import train
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, for example configs/vit_digits.py."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; an existing one is resumed.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results go; an existing one is resumed.", required=True
+)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options look like --config.seed=1")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every save
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
     try:
         train(Config.from_config_dict(_CONFIG.value), _WORKDIR.value)
     except (ValueError, FileNotFoundError) as error:
@@ -28,5 +29,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -74,8 +74,10 @@ class Config:
         for name in (*positive, "eval_every_steps", "checkpoint_every_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.warmup_steps > self.num_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds num_steps {self.num_steps}")
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}"
+            )
         if self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
             raise ValueError(
                 f"backprop='reversible' with gamma={self.gamma} and quantize={self.quantize}: it "

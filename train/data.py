@@ -1,6 +1,6 @@
 """Small image sets: read once from TFDS, kept on the device as uint8, batched by step number."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from train.datasets.digits import Digits
 
 # Builders of our own; they prepare themselves, without a download.
-_BUNDLED = {"digits": Digits}
+_BUNDLED: dict[str, Any] = {"digits": Digits}
 
 
 class ImageSet(NamedTuple):
@@ -47,10 +47,11 @@ def load_images(name: str, split: str, data_dir: str = "") -> ImageSet:
     return ImageSet(jnp.asarray(images), jnp.asarray(labels), num_classes)
 
 
-def _builder(name: str, data_dir: str):
+def _builder(name: str, data_dir: str) -> Any:
     if name in _BUNDLED:
         builder = _BUNDLED[name](data_dir=data_dir or None, file_format="array_record")
         if not builder.is_prepared():
+            tfds.disable_progress_bar()
             builder.download_and_prepare()
         return builder
     try:

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 class Log:
     """Writes workdir/metrics.jsonl and prints a line for every training record.
 
-    Records beyond `start_step`, left by an interrupted run, are dropped: the run repeats
-    those steps.
+    Records beyond `start_step`, left by an interrupted run, are dropped, with the evaluation
+    at `start_step`: the run makes them again.
     """
 
     def __init__(self, workdir: Path, start_step: int, num_steps: int, memory_bytes: int):
@@ -19,11 +19,15 @@ class Log:
         self._num_steps = num_steps
         self._memory_bytes = memory_bytes
         self._mark = (time.monotonic(), start_step)
-        kept = [record for record in read_records(workdir) if record["step"] <= start_step]
+        kept = [
+            record
+            for record in read_records(workdir)
+            if record["step"] < start_step + (record["kind"] == "train")
+        ]
         self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def train(self, step: int, batch_size: int, **metrics: float) -> None:
-        """Speed is measured between calls, without the time `pause` has taken out."""
+        """Speed is measured between calls, without the seconds evaluation has taken."""
         then, step_then = self._mark
         self._mark = (time.monotonic(), step)
         seconds_per_step = (self._mark[0] - then) / max(1, step - step_then)

@@ -44,7 +44,7 @@ def train(config: Config, workdir: str) -> float:
     path = open_workdir(workdir, config)
     schedule = make_schedule(config)
     state, train_step, eval_step = make_program(config, data, schedule)
-    step_memory = train_step.memory_analysis()
+    step_memory = _memory(train_step)
 
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore_or(state)
@@ -57,43 +57,31 @@ def train(config: Config, workdir: str) -> float:
         )
         total_bytes = step_memory.temp_size_in_bytes + step_memory.argument_size_in_bytes
         log = Log(path, start, config.num_steps, total_bytes)
-        pending = None  # metrics of a step already dispatched; read after the next dispatch
+        accuracy = 0.0
+        pending = None  # metrics of a step dispatched, read only after the next one is too
 
-        def flush():
-            nonlocal pending
-            if pending is not None:
-                step, metrics = pending
-                metrics = {name: float(value) for name, value in metrics.items()}
-                if not math.isfinite(metrics["loss"]):
-                    raise ValueError(
-                        f"loss is {metrics['loss']} at step {step}; try a lower learning_rate or "
-                        f"grad_clip_norm > 0. The checkpoints in {path} are from before"
-                    )
-                log.train(
-                    step, config.batch_size, **metrics, learning_rate=float(schedule(step - 1))
-                )
-                pending = None
-
-        for step in range(start + 1, config.num_steps + 1):
-            state, metrics = train_step(state, data.images, data.labels)
-            flush()
+        for step in range(start, config.num_steps + 1):  # step: how many are done
             last = step == config.num_steps
-            saves = last or step % config.checkpoint_every_steps == 0
-            if last or saves or step % config.log_every_steps == 0:
-                pending = step, metrics
+            evaluates = last or (step > 0 and step % config.eval_every_steps == 0)
+            saves = step > start and (last or step % config.checkpoint_every_steps == 0)
+            if pending and (evaluates or saves):
+                _log_train(log, *pending, config.batch_size)
+                pending = None
             if saves:
-                flush()
                 checkpoints.save(step, state)
-            if not last and step % config.eval_every_steps == 0:
-                flush()
-                evaluate(eval_step, state, eval_data, log)
-
-        accuracy = evaluate(eval_step, state, eval_data, log)
+            if evaluates:
+                accuracy = evaluate(eval_step, state, eval_data, log)
+            if last:
+                break
+            state, metrics = train_step(state, data.images, data.labels)
+            if pending:
+                _log_train(log, *pending, config.batch_size)
+            logs = (step + 1) % config.log_every_steps == 0
+            logs |= step + 1 == config.num_steps or (step + 1) % config.checkpoint_every_steps == 0
+            pending = (step + 1, metrics) if logs else None
     draw_curve(path)
     print(f"curve in {path / 'curve.png'}")
-    print(
-        _memory_line(config, data, schedule, step_memory.temp_size_in_bytes, accuracy), flush=True
-    )
+    print(_memory_line(config, data, schedule, step_memory.temp_size_in_bytes, accuracy))
     return accuracy
 
 
@@ -110,7 +98,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(
     config: Config, schedule: optax.Schedule, stacked: Any
 ) -> optax.GradientTransformation:
-    """Clipping, then SET-Adam (DESIGN: the paper's) or Adam, decay and learning rate."""
+    """Clipping, then SET-Adam (the paper's) or Adam, decay and learning rate."""
     moments = scale_by_set_adam(stacked=stacked)
     if config.optimizer == "adamw":
         moments = optax.scale_by_adam()
@@ -135,8 +123,10 @@ def make_program(config: Config, data: ImageSet, schedule: optax.Schedule):
     of loss and correct answers over a whole image set.
     """
     init_key, data_key, step_key = jax.random.split(jax.random.key(config.seed), 3)
-    image_shape = data.images.shape[1:]
-    model = ViT(image_shape, data.num_classes, **config.vit_arguments, rngs=nnx.Rngs(init_key))
+    _, height, width, channels = data.images.shape
+    model = ViT(
+        (height, width, channels), data.num_classes, **config.vit_arguments, rngs=nnx.Rngs(init_key)
+    )
     stacked = nnx.to_pure_dict(stacked_params(model))
     tx = make_optimizer(config, schedule, stacked)
     graphdef, params, rng_state = nnx.split(model, nnx.Param, ...)
@@ -160,7 +150,13 @@ def make_program(config: Config, data: ImageSet, schedule: optax.Schedule):
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         state = {"step": step + 1, "params": params, "opt_state": opt_state}
-        return state, {"loss": loss, "accuracy": accuracy}
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(step),
+        }
+        return state, metrics
 
     @jax.jit
     def eval_step(params: Any, images: jax.Array, labels: jax.Array):
@@ -195,8 +191,28 @@ def evaluate(eval_step: Callable[..., Any], state: State, data: ImageSet, log: L
     return accuracy
 
 
+def _log_train(log: Log, step: int, metrics: dict[str, jax.Array], batch_size: int) -> None:
+    """Logs a step, or stops the run before a state that is not finite is saved."""
+    values = {name: float(value) for name, value in metrics.items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise ValueError(
+                f"{name} is {values[name]} at step {step}; try a lower learning_rate or "
+                "grad_clip_norm > 0. The checkpoints in the workdir are from before"
+            )
+    log.train(step, batch_size, **values)
+
+
 def parameter_count(state: State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+
+
+def _memory(compiled: jax.stages.Compiled):
+    """What the compiler has planned: temporaries, arguments, results, in bytes."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError(f"{jax.default_backend()} reports no memory analysis")
+    return analysis
 
 
 def _memory_line(config, data, schedule, temp_bytes, accuracy) -> str:
@@ -206,7 +222,7 @@ def _memory_line(config, data, schedule, temp_bytes, accuracy) -> str:
     if config == plain:
         return f"{result}; a step needs {format_bytes(temp_bytes)} beyond parameters and data"
     _, plain_step, _ = make_program(plain, data, schedule)
-    plain_bytes = plain_step.memory_analysis().temp_size_in_bytes
+    plain_bytes = _memory(plain_step).temp_size_in_bytes
     return (
         f"{result}; a step needs {format_bytes(temp_bytes)} beyond parameters and data, "
         f"the plain ViT {format_bytes(plain_bytes)}: {temp_bytes / plain_bytes:.2f} of it"

@@ -57,8 +57,8 @@ class ViT(nnx.Module):
         self.patches = nnx.Conv(
             channels, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs
         )
-        self.class_token = nnx.Param(rngs.params.normal((1, 1, width)) * 0.02)
-        self.positions = nnx.Param(rngs.params.normal((1, tokens, width)) * 0.02)
+        self.class_token = nnx.Param(rngs.params.normal((1, 1, width)))
+        self.positions = nnx.Param(rngs.params.normal((1, tokens, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.stack = BDIAStack(
             partial(_make_block, width, num_heads, mlp_dim, dropout_rate, dtype),

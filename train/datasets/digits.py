@@ -26,12 +26,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        digits = load_digits()
-        images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        pixels, labels = load_digits(return_X_y=True)
+        images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
         held_out = np.arange(len(images)) % 5 == 4
         return {
-            "train": self._generate_examples(images[~held_out], digits.target[~held_out]),
-            "validation": self._generate_examples(images[held_out], digits.target[held_out]),
+            "train": self._generate_examples(images[~held_out], labels[~held_out]),
+            "validation": self._generate_examples(images[held_out], labels[held_out]),
         }
 
     def _generate_examples(self, images, labels):

@@ -1,0 +1,79 @@
+"""Exactness where it is not given: compiled for a GPU, in the formats people train in.
+
+`check` holds the claim; its toy size runs on any device. Run the rest with `-m gpu`.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from toy import GRAD_TOLERANCE, assert_grads_close
+
+from bdia_jax import FixedPoint
+from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.nnx import BDIAStack
+
+TOY = {"batch": 2, "tokens": 5, "width": 16, "depth": 4}
+FULL = {"batch": 16, "tokens": 65, "width": 512, "depth": 24}
+
+
+def make_stack(width, depth, dtype, guard_bits, backprop="reversible", dropout_rate=0.1):
+    def make_block(rngs):
+        return PreNormBlock(width, 2, width, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
+
+    return BDIAStack(
+        make_block,
+        depth,
+        rngs=nnx.Rngs(0),
+        fixed_point=FixedPoint(guard_bits=guard_bits),
+        backprop=backprop,
+    )
+
+
+def gradient(stack, x):
+    @nnx.jit
+    def grad(stack, x):
+        return nnx.grad(lambda s: jnp.mean(s(x, rngs=nnx.Rngs(1)) ** 2))(stack)
+
+    return jax.tree.leaves(grad(stack, x))
+
+
+def check(batch, tokens, width, depth, dtype, precision, guard_bits):
+    """If the drift is within the guard's bound every bit comes back, and so do the gradients."""
+    x = jax.random.normal(jax.random.key(1), (batch, tokens, width))
+    with jax.default_matmul_precision(precision):
+        audit = make_stack(width, depth, dtype, guard_bits).audit(x)
+        print(f"{dtype.__name__} {precision} {audit}")
+        assert audit.max_drift > 0 or audit.exact  # no drift, no error, whatever the guard
+        if audit.max_drift < audit.fixed_point.drift_bound:
+            assert audit.exact, audit
+        if audit.exact:
+            actual = gradient(make_stack(width, depth, dtype, guard_bits), x)
+            expected = gradient(make_stack(width, depth, dtype, guard_bits, "store"), x)
+            assert_grads_close(actual, expected, GRAD_TOLERANCE[jnp.dtype(dtype)])
+    return audit
+
+
+@pytest.mark.parametrize("dtype, precision", [(jnp.float32, "highest"), (jnp.bfloat16, "default")])
+@pytest.mark.parametrize("guard_bits", [1, 4])
+def test_the_check_itself_at_toy_size(dtype, precision, guard_bits):
+    assert check(**TOY, dtype=dtype, precision=precision, guard_bits=guard_bits).elements == 160
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [(jnp.float32, "default"), (jnp.float32, "highest"), (jnp.bfloat16, "default")],
+)
+@pytest.mark.parametrize("guard_bits", [0, 1, 2, 3, 4])
+def test_pre_norm_blocks_on_the_gpu(dtype, precision, guard_bits):
+    check(**FULL, dtype=dtype, precision=precision, guard_bits=guard_bits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_suggested_guard_bits_are_enough_on_the_gpu(dtype):
+    x = jax.random.normal(jax.random.key(1), (16, 65, 512))
+    suggested = make_stack(512, 24, dtype, 1).audit(x).suggested_guard_bits
+    assert suggested is not None
+    assert make_stack(512, 24, dtype, suggested).audit(x).exact

@@ -1,0 +1,248 @@
+"""The training program: steps, resume to the bit, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import vit_cifar10, vit_cifar100, vit_digits
+from train.checkpoint import Checkpoints, open_workdir
+from train.config import Config
+from train.data import load_images
+from train.log import draw_curve, read_records
+from train.train import make_program, make_schedule, train
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def tiny(data_dir, **changes):
+    config = vit_digits.get_config().unlock()
+    config.update({"model": {"width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 16}})
+    config.update({"data_dir": data_dir, "batch_size": 32, "num_steps": 6, "warmup_steps": 2})
+    config.update({"log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2})
+    config.update(changes)
+    return Config.from_config_dict(config.lock())
+
+
+def final_state(workdir, config, data_dir):
+    data = load_images("digits", "train", data_dir)
+    state, *_ = make_program(config, data, make_schedule(config))
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_or(state)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data_dir):
+    """A run of six steps that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("straight")
+    config = tiny(data_dir)
+    train(config, str(workdir))
+    return workdir, config
+
+
+def test_run_leaves_records_curve_and_checkpoints(straight):
+    workdir, _ = straight
+    records = read_records(workdir)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [2, 4, 6]
+    assert all(np.isfinite(r["loss"]) for r in records)
+    assert (workdir / "curve.png").stat().st_size > 5_000
+    assert json.loads((workdir / "config.json").read_text())["model.width"] == 16
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_stop_and_resume_equals_straight_through(
+    straight, tmp_path, data_dir, monkeypatch, killed_at
+):
+    """Killed after a step; the checkpoint is of step 2 or 4; the final bits are the same."""
+    import train.train as program
+
+    log_train = program._log_train
+
+    def dies(log, step, metrics, batch_size):
+        log_train(log, step, metrics, batch_size)
+        if step == killed_at:
+            raise Killed
+
+    straight_workdir, config = straight
+    monkeypatch.setattr(program, "_log_train", dies)
+    with pytest.raises(Killed):
+        train(config, str(tmp_path / "run"))
+    monkeypatch.setattr(program, "_log_train", log_train)
+    interrupted = final_state(tmp_path / "run", config, data_dir)
+    assert int(interrupted["step"]) == 2
+    train(config, str(tmp_path / "run"))
+    expected = final_state(straight_workdir, config, data_dir)
+    assert int(expected["step"]) == 6
+    assert_same_bits(final_state(tmp_path / "run", config, data_dir), expected)
+    with pytest.raises(AssertionError):  # the comparison can tell two states apart
+        assert_same_bits(interrupted, expected)
+
+    def losses(workdir):
+        return [(r["step"], r["kind"], r["loss"]) for r in read_records(workdir)]
+
+    assert losses(tmp_path / "run") == losses(straight_workdir)
+
+
+def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, data_dir):
+    """Same forward bits, gradients equal to rounding: the first loss agrees, later ones nearly."""
+    workdir, _ = straight
+    train(tiny(data_dir, backprop="store"), str(tmp_path))
+    reversible, stored = ([r["loss"] for r in read_records(d)] for d in (workdir, tmp_path))
+    assert reversible[0] == stored[0]
+    np.testing.assert_allclose(reversible, stored, rtol=1e-2)
+    other = tiny(data_dir, backprop="store", seed=1)
+    state, step, _ = make_program(
+        other, load_images("digits", "train", data_dir), make_schedule(other)
+    )
+    data = load_images("digits", "train", data_dir)
+    assert float(step(state, data.images, data.labels)[1]["loss"]) != stored[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": 0.0, "quantize": False, "backprop": "store"},
+        {"gamma": 0.6, "backprop": "remat"},
+        {"gamma": 0.25, "optimizer": "adamw", "schedule": "constant"},
+    ],
+)
+def test_other_systems_train(tmp_path, data_dir, changes):
+    train(tiny(data_dir, num_steps=2, warmup_steps=1, **changes), str(tmp_path))
+    assert len(read_records(tmp_path)) == 3
+
+
+def test_finished_run_is_not_trained_further(straight):
+    workdir, config = straight
+    before = read_records(workdir)
+    train(config, str(workdir))
+    assert [r["loss"] for r in read_records(workdir)] == [r["loss"] for r in before]
+
+
+def test_loss_falls(tmp_path, data_dir):
+    config = tiny(data_dir, num_steps=60, log_every_steps=20, eval_every_steps=60)
+    train(config, str(tmp_path))
+    losses = [r["loss"] for r in read_records(tmp_path) if r["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_not_finite_stops_before_saving(tmp_path, data_dir):
+    config = tiny(data_dir, learning_rate=1e30, grad_clip_norm=0.0, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"is (nan|inf) at step \d.*learning_rate"):
+        train(config, str(tmp_path))
+    data = load_images("digits", "train", data_dir)
+    state, *_ = make_program(config, data, make_schedule(config))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore_or(state)
+    assert int(restored["step"]) <= 2
+
+
+def test_other_config_on_a_workdir_is_named(straight):
+    workdir, config = straight
+    before = sorted(p.name for p in workdir.iterdir())
+    changed = Config(**{**vars(config), "learning_rate": 0.5, "seed": 7})
+    with pytest.raises(ValueError, match=r"learning_rate was 0.001, is 0.5; seed was 0, is 7"):
+        open_workdir(str(workdir), changed)
+    assert sorted(p.name for p in workdir.iterdir()) == before
+    open_workdir(str(workdir), Config(**{**vars(config), "log_every_steps": 50}))
+
+
+def test_foreign_or_unusable_workdir(tmp_path, data_dir):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        open_workdir(str(tmp_path), tiny(data_dir))
+    with pytest.raises(ValueError, match="cannot be used"):
+        open_workdir(str(tmp_path / "thesis.tex"), tiny(data_dir))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_batch_larger_than_the_data(tmp_path, data_dir):
+    with pytest.raises(ValueError, match="batch_size 5000 exceeds the 1438 images"):
+        train(tiny(data_dir, batch_size=5000), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backprop": "magic"}, "backprop is 'magic'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"gamma": 0.6}, "gamma=0.6"),
+        ({"quantize": False}, "quantize=False"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup_steps": 6}, "warmup_steps 6 leaves nothing of num_steps 6"),
+        ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
+    ],
+)
+def test_bad_values_are_named(data_dir, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(data_dir, **changes)
+
+
+def test_incomplete_record_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "kind": "train", "loss": 1.0, "accuracy": 0.5}\n{"step": 2, "ki'
+    )
+    assert [r["step"] for r in read_records(tmp_path)] == [1]
+    draw_curve(tmp_path)
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_paper_configs():
+    for module, dataset in ((vit_cifar10, "cifar10"), (vit_cifar100, "cifar100")):
+        config = Config.from_config_dict(module.get_config())
+        model = config.model
+        assert config.dataset == dataset and config.gamma == 0.5 and config.learning_rate == 1e-4
+        assert (model.patch_size, model.width, model.depth) == (4, 512, 6)
+        assert (model.num_heads, model.mlp_dim, model.dropout_rate) == (8, 512, 0.1)
+
+
+def run_program(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "train", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_unprepared_data_is_told_at_once(tmp_path):
+    done = run_program(
+        "--config=configs/vit_cifar10.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data_dir={tmp_path}",
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: dataset cifar10 is not prepared")
+    assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line_trains(tmp_path, data_dir):
+    done = run_program(
+        "--config=configs/vit_digits.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data_dir={data_dir}",
+        "--config.model.width=8",
+        "--config.model.depth=2",
+        "--config.num_steps=2",
+        "--config.warmup_steps=0",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("step 2/2 100%  loss ")
+    assert lines[-1].startswith("final accuracy 0.")
+    assert "the plain ViT" in lines[-1]
