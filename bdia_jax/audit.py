@@ -32,7 +32,8 @@ class Audit:
             compiled without any of the above being looked at.
         invalid: elements of the states x_0 .. x_{K-2} that are NaN or left the int32 range.
         max_drift: largest drift of a sound rebuild: `drift.max()`, measured again with
-            as many guard bits as fit if the audited format was not exact.
+            as many guard bits as fit if the audited format was not exact; infinite if even that
+            rebuild failed.
         suggested_guard_bits: fewest guard bits with room for twice `max_drift`; 0 if there
             was no drift at all, None if no number fits in 8 bits.
     """
@@ -125,8 +126,8 @@ def audit(
     if not exact:
         widest = dataclasses.replace(fixed_point, guard_bits=8 - fixed_point.gamma_bits)
         sound = _run_probed(static._replace(fixed_point=widest), operands)
-    max_drift = float(sound["drift"].max(initial=0.0))
-    trustworthy = not sound["mismatches"].any()
+    failed = sound["mismatches"].any()
+    max_drift = float("inf") if failed else float(sound["drift"].max(initial=0.0))
     return Audit(
         fixed_point=fixed_point,
         elements=operands[1].size,
@@ -136,7 +137,7 @@ def audit(
         x0_mismatches=int(x0_mismatches),
         invalid=int(seen["invalid"].sum()),
         max_drift=max_drift,
-        suggested_guard_bits=_suggest(max_drift, fixed_point) if trustworthy else None,
+        suggested_guard_bits=_suggest(max_drift, fixed_point),
     )
 
 

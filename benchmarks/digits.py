@@ -9,7 +9,7 @@ from benchmarks import record
 from configs import vit_digits
 from train.config import Config
 from train.data import load_images
-from train.train import make_program, make_schedule, train
+from train.train import make_program, make_schedule, planned_memory, train
 
 SYSTEMS = {
     "bdia": {},
@@ -30,7 +30,7 @@ def measure(changes: dict) -> dict:
     return {
         "accuracy": accuracy,
         "seconds": time.monotonic() - begin,
-        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": planned_memory(step).temp_size_in_bytes,
     }
 
 

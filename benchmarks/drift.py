@@ -2,17 +2,18 @@
 
 Stacks of the paper's CIFAR blocks with dropout 0.1, audited for 0 to 4 guard bits. `scale`
 multiplies the input and the last projection of both branches, so that h grows with it: 1 is
-initialization, 4 the size of trained nets. Drift is in quanta of 2^-9; above 63.5, what 7
-guard bits bear, the rebuild failed whatever the format and the number only measures damage.
+initialization. Drift is in quanta of 2^-9, null if not even 7 guard bits could bear it.
 
-XLA keeps float32 between two fused bfloat16 operations where it can, and not in the same
-places forward and backward; XLA_FLAGS=--xla_allow_excess_precision=false forbids that. Run
-under this flag, the results go to drift_strict.json.
+The negative control is bfloat16-unpinned: the same blocks without `bdia_jax.rounding`, so that XLA
+keeps float32 between two fused bfloat16 operations where it can, and not in the same places
+forward and backward.
 """
 
 import dataclasses
+import math
 import sys
 from contextlib import nullcontext
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ NUMERICS = {
     "float32-highest": ("float32", "highest", jnp.float32),
     "bfloat16": ("bfloat16", None, jnp.float32),
     "bfloat16-h": ("bfloat16", None, jnp.bfloat16),
+    "bfloat16-unpinned": ("bfloat16", None, jnp.float32),
 }
 SAFETY = 2.0  # room for twice the drift seen
-BEARABLE = FixedPoint(guard_bits=7).drift_bound
 
 
 class Block(nnx.Module):
@@ -74,7 +75,11 @@ def audit_case(name: str, shape: Shape, depth: int, scale: float, guards: range)
     x = scale * jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
     stack = make_stack(shape, depth, scale, h_dtype)
     rows = []
-    with jax.default_matmul_precision(precision) if precision else nullcontext():
+    unpinned = mock.patch("bdia_jax.scan.pin_rounding", lambda fn: fn)
+    with (
+        jax.default_matmul_precision(precision) if precision else nullcontext(),
+        unpinned if name.endswith("unpinned") else nullcontext(),
+    ):
         h_max = largest_h(make_stack(shape, depth, scale, h_dtype, with_size=True), x)
         case = {"numerics": name, "depth": depth, "scale": scale, "h_max": h_max}
         for guard_bits in guards:
@@ -97,7 +102,7 @@ def _audit(stack: BDIAStack, x: jax.Array, guard_bits: int) -> dict:
         "x0_mismatches": found.x0_mismatches,
         "invalid": found.invalid,
         "corrections": int(found.corrections.sum()),
-        "max_drift": found.max_drift,
+        "max_drift": found.max_drift if math.isfinite(found.max_drift) else None,
         "exact": found.exact,
         "suggested_guard_bits": found.suggested_guard_bits,
     }
@@ -119,7 +124,7 @@ def largest(found: list[int | None]) -> int | None:
 
 
 COLUMNS = {
-    "numerics": "16s",
+    "numerics": "17s",
     "depth": "5d",
     "scale": "5g",
     "h_max": "6.1f",
@@ -134,7 +139,8 @@ COLUMNS = {
 
 def _line(row: dict) -> str:
     cells = {**row, "exact": "yes" if row["exact"] else "NO"}
-    cells["max_drift"] = f"{row['max_drift']:.3g}" if row["max_drift"] < BEARABLE else "too large"
+    drift = row["max_drift"]
+    cells["max_drift"] = "too large" if drift is None else f"{drift:.3g}"
     return "  ".join(format(cells[name], spec) for name, spec in COLUMNS.items())
 
 
@@ -150,7 +156,7 @@ def main(argv: list[str]) -> dict:
     options.add_argument("--numerics", nargs="+", choices=NUMERICS, default=list(NUMERICS))
     args = record.parse(options, argv)
     shape = TOY if args.toy else dataclasses.replace(CIFAR, batch=128) if args.gpu else CIFAR
-    cases = [(2, 1.0)] if args.toy else [(6, 1.0), (6, 4.0), (24, 4.0)]
+    cases = [(2, 1.0)] if args.toy else [(6, 1.0), (24, 4.0)]
     guards = range(2 if args.toy else 5)
     names = ["float32", "bfloat16-h"] if args.toy else args.numerics
     print(_header())
@@ -159,6 +165,7 @@ def main(argv: list[str]) -> dict:
         for name in names:
             rows += (case := audit_case(name, shape, depth, scale, guards))
             needed[name].append(enough(case))
+    needed.pop("bfloat16-unpinned", None)
     by_numerics = {name: largest(found) for name, found in needed.items()}
     results = {
         "rows": rows,

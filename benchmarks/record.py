@@ -36,7 +36,7 @@ def parse(options: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 def write(
     name: str, results: Any, config: dict[str, Any], *, argv: list[str], args: argparse.Namespace
 ) -> Path:
-    """Writes NAME.json into args.out; NAME_gpu.json on a GPU, NAME_strict.json under that flag.
+    """Writes NAME.json, or NAME_gpu.json on a GPU, into args.out.
 
     Args:
         name: of the benchmark, as in python -m benchmarks.NAME.
@@ -64,12 +64,9 @@ def write(
 
 
 def stem(name: str) -> str:
-    """The file name without its ending: what ran elsewhere or otherwise is kept apart."""
+    """The file name without its ending: results of a GPU stand beside those of the CPU."""
     backend = jax.default_backend()
-    suffixes = [] if backend == "cpu" else [backend]
-    if "--xla_allow_excess_precision=false" in _xla_flags():
-        suffixes.append("strict")
-    return "_".join([name, *suffixes])
+    return name if backend == "cpu" else f"{name}_{backend}"
 
 
 def _xla_flags() -> list[str]:

@@ -16,6 +16,7 @@ from toy import (
     float_part,
     forward_states,
     make_case,
+    make_params,
     relative_error,
     round_trip_mismatches,
     tanh_block,
@@ -82,7 +83,8 @@ def test_the_rebuild_is_bit_equal_and_needs_the_side_bits(
     assert round_trip_mismatches(BLOCKS[kind], *case, fp, False)[0] > 0
 
 
-@settings(max_examples=12)
+@pytest.mark.slow
+@settings(max_examples=8)
 @given(
     kind=st.sampled_from(sorted(BLOCKS)),
     depth=st.integers(2, 12),
@@ -129,14 +131,18 @@ def elementwise_block(params, x):
     return jnp.tanh(params["b"] * x + 0.3)
 
 
-@pytest.mark.parametrize("block_fn", [tanh_block, elementwise_block])
-@pytest.mark.parametrize("magnitude", [2.0**12, 2.0**19])
-def test_states_of_any_magnitude_are_rebuilt(block_fn, magnitude):
-    params, x0, gamma = make_case(7, (8, 16, 13))
-    x0 = jnp.clip(x0, -2, 2) * magnitude  # up to 2^20, int32 holds +-2^22
+@pytest.mark.parametrize(
+    "block_fn, shape", [(tanh_block, (8, 16, 13)), (elementwise_block, (16, 64, 13))]
+)
+@pytest.mark.parametrize("magnitude", [2.0**11, 2.0**18])
+def test_states_of_any_magnitude_are_rebuilt(block_fn, shape, magnitude):
+    gamma = bdia.sample_gamma(jax.random.key(2), 12, shape[0])
+    params = make_params(12, shape if block_fn is tanh_block else (1,))
+    x0 = magnitude * 2.0 * jax.random.normal(jax.random.key(1), shape)
+    if magnitude == 2.0**18:
+        assert np.max(np.abs(x0)) > 2.0**20  # int32 holds up to 2^22
     audit = bdia.audit(block_fn, params, x0, gamma)
     assert audit.exact, audit
-    assert not np.any(round_trip_mismatches(block_fn, params, x0, gamma, FixedPoint()))
 
 
 # --- the forward pass ----------------------------------------------------------------

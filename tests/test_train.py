@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import vit_cifar10, vit_cifar100, vit_digits
 from train.checkpoint import Checkpoints, open_workdir
@@ -21,9 +22,27 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("tfds"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs below share programs; compiling is most of what they cost."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def tiny(data_dir, **changes):
     config = vit_digits.get_config().unlock()
-    config.update({"model": {"width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 16}})
+    config.update({"model": {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 16}})
     config.update({"data_dir": data_dir, "batch_size": 32, "num_steps": 6, "warmup_steps": 2})
     config.update({"log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2})
     config.update(changes)

@@ -44,7 +44,7 @@ def train(config: Config, workdir: str) -> float:
     path = open_workdir(workdir, config)
     schedule = make_schedule(config)
     state, train_step, eval_step = make_program(config, data, schedule)
-    step_memory = _memory(train_step)
+    step_memory = planned_memory(train_step)
 
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore_or(state)
@@ -207,7 +207,7 @@ def parameter_count(state: State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
 
 
-def _memory(compiled: jax.stages.Compiled):
+def planned_memory(compiled: jax.stages.Compiled):
     """What the compiler has planned: temporaries, arguments, results, in bytes."""
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -222,7 +222,7 @@ def _memory_line(config, data, schedule, temp_bytes, accuracy) -> str:
     if config == plain:
         return f"{result}; a step needs {format_bytes(temp_bytes)} beyond parameters and data"
     _, plain_step, _ = make_program(plain, data, schedule)
-    plain_bytes = _memory(plain_step).temp_size_in_bytes
+    plain_bytes = planned_memory(plain_step).temp_size_in_bytes
     return (
         f"{result}; a step needs {format_bytes(temp_bytes)} beyond parameters and data, "
         f"the plain ViT {format_bytes(plain_bytes)}: {temp_bytes / plain_bytes:.2f} of it"
