@@ -1,5 +1,7 @@
 """What bdia_scan refuses, each with the value and the remedy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,28 +77,29 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
     """
     if gamma is None:
         return None, True
-    gamma = jnp.asarray(gamma)
-    if gamma.ndim != 2 or gamma.shape[0] != depth or gamma.shape[1] not in (1, batch):
+    given = gamma if isinstance(gamma, Tracer) else np.asarray(gamma)
+    if given.ndim != 2 or given.shape[0] != depth or given.shape[1] not in (1, batch):
         raise ValueError(
-            f"gamma has shape {gamma.shape}, expected [K, B] = [{depth}, {batch}] (or "
+            f"gamma has shape {given.shape}, expected [K, B] = [{depth}, {batch}] (or "
             f"[{depth}, 1]) with row 0 zero; use sample_gamma(key, {depth}, {batch})"
         )
-    if not jnp.issubdtype(gamma.dtype, jnp.floating):
-        raise ValueError(f"gamma has dtype {gamma.dtype}, expected float32; use sample_gamma")
-    gamma = jax.lax.stop_gradient(gamma.astype(jnp.float32))
-    first_ok = gamma[0] == 0
-    rest_ok = jnp.isfinite(gamma[1:])
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise ValueError(f"gamma has dtype {given.dtype}, expected float32; use sample_gamma")
+    numpy: Any = jnp if isinstance(given, Tracer) else np
+    first_ok = given[0] == 0
+    rest_ok = numpy.isfinite(given[1:])
     if reversible_format is not None:
-        rest_ok = jnp.abs(gamma[1:]) == 2.0**-reversible_format.gamma_bits
-    if isinstance(gamma, Tracer):
+        rest_ok = numpy.abs(given[1:]) == 2.0**-reversible_format.gamma_bits
+    gamma = jax.lax.stop_gradient(jnp.asarray(gamma).astype(jnp.float32))
+    if isinstance(given, Tracer):
         return gamma, jnp.all(first_ok) & jnp.all(rest_ok)
-    if not np.all(first_ok):
+    if not first_ok.all():
         raise ValueError(
-            f"gamma[0] contains {_first_bad(gamma[0], first_ok)}, expected 0: the first block "
+            f"gamma[0] contains {given[0][~first_ok][0]}, expected 0: the first block "
             "has no x_(-1) (eq. 6); use sample_gamma"
         )
-    if not np.all(rest_ok):
-        bad = _first_bad(gamma[1:], rest_ok)
+    if not rest_ok.all():
+        bad = given[1:][~rest_ok][0]
         if reversible_format is None:
             raise ValueError(f"gamma contains {bad}, expected finite numbers; use sample_gamma")
         p = reversible_format.gamma_bits
@@ -120,10 +123,6 @@ def check_magnitude(magnitude: float, fixed_point, backprop: str) -> None:
         f"{2.0**-p}; use FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' or "
         "'remat' for any other"
     )
-
-
-def _first_bad(values, ok) -> float:
-    return float(np.asarray(values)[~np.asarray(ok)][0])
 
 
 def check_block(block_fn, params, x0, consts, has_aux):

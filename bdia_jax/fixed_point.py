@@ -85,10 +85,11 @@ def round_to_int(quanta: jax.Array) -> jax.Array:
 
 
 def add_or_invalid(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a + b in int32; `_INVALID` where the sum overflows or b is `_INVALID`."""
+    """a + b in int32; `_INVALID` where the sum overflows or a or b is `_INVALID`."""
     total = a + b
     overflows = ((a ^ total) & (b ^ total)) < 0
-    return jnp.where(overflows | (b == _INVALID), jnp.int32(_INVALID), total)
+    invalid = overflows | (a == _INVALID) | (b == _INVALID)
+    return jnp.where(invalid, jnp.int32(_INVALID), total)
 
 
 def quantize(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
@@ -111,16 +112,9 @@ def dequantize(n: jax.Array, fixed_point: FixedPoint) -> jax.Array:
     return jnp.where(n == _INVALID, jnp.float32(jnp.nan), x)
 
 
-@jax.custom_jvp
 def straight_through(y: jax.Array, value: jax.Array) -> jax.Array:
     """`value` going forward, the derivative of `y` going back: d round(y)/dy = 1."""
-    del y
-    return value
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return straight_through(*primals), tangents[0]
+    return jax.lax.stop_gradient(value) + (y - jax.lax.stop_gradient(y))
 
 
 def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:

@@ -50,8 +50,12 @@ def sample_gamma(key: jax.Array, depth: int, batch_size: int, magnitude: float =
 
 
 def mix(x: jax.Array, h: jax.Array, gamma: jax.Array) -> jax.Array:
-    """(1 - gamma_k) x_k + (1 + gamma_k) h_k: what eq. 10 adds to gamma_k x_{k-1}."""
-    return (1.0 - gamma) * x + (1.0 + gamma) * h
+    """(1 - gamma_k) x_k + (1 + gamma_k) h_k: what eq. 10 adds to gamma_k x_{k-1}.
+
+    Written so that the product is exact for gamma = +-2^-p: the compiler may fuse it into a
+    multiply-add in one pass and not in the other, and the bits must not depend on that.
+    """
+    return (x + h) + gamma * (h - x)
 
 
 def step(n_prev, n, h, gamma, fixed_point: FixedPoint):
@@ -102,7 +106,8 @@ def inverse_step(n_next, n, h, gamma, side, fixed_point: FixedPoint):
     q = round_to_int(pre_round)
     ratio_low = (side + e) >> p  # equals the forward's ratio modulo 2^g
     residue = (n_next - sigma * ratio_low - q) & (2**g - 1)
-    above = residue - (pre_round - jnp.round(pre_round)) > 2.0 ** (g - 1)
+    fraction = pre_round - jnp.round(pre_round)
+    above = residue.astype(jnp.float32) - fraction > 2.0 ** (g - 1)
     correction = residue - jnp.where(above, jnp.int32(2**g), jnp.int32(0))
     n_prev = sigma * ((n_next - (q + correction)) << p) - e
     return n_prev, correction, pre_round

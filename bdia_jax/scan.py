@@ -98,7 +98,8 @@ def bdia_scan(
     else:
         result = _autodiff(call.static, *call.operands, remat=backprop == "remat")
     x_last, aux = result
-    x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
+    if call.gamma_is_valid is not True:
+        x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
     return (x_last, call.static.merge_aux(*aux)) if has_aux else x_last
 
 
@@ -219,7 +220,19 @@ def _reversible_bwd(static, residuals, cotangents):
     (ct_params, ct_x0, ct_consts), _ = reverse_scan(
         static, params, gamma, consts, (n_prev, n_last), packed, cotangents
     )
+    ct_params, ct_x0, ct_consts = _first_order((ct_params, ct_x0, ct_consts))
     return Split(ct_params, None), ct_x0.astype(x0_like.dtype), None, Split(ct_consts, None)
+
+
+@jax.custom_jvp
+def _first_order(gradients):
+    """The identity, but not differentiable: integer states carry no second derivative."""
+    return gradients
+
+
+@_first_order.defjvp
+def _first_order_jvp(primals, tangents):
+    raise ValueError("backprop='reversible' has no second derivative; use backprop='store' for it")
 
 
 _reversible.defvjp(_reversible_fwd, _reversible_bwd)
