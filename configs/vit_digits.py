@@ -2,7 +2,8 @@
 
     python -m train --config=configs/vit_digits.py --workdir=runs/digits
 
-Expect 98 % validation accuracy; a few minutes on two CPU cores.
+98.1 % validation accuracy, mean of three seeds (plain ViT 98.5 %; `python -m benchmarks.digits`);
+one minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,87 @@
+"""The README's program runs, its commands exist, and its numbers are those of the result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MIB = 2**20
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_quick_start_runs():
+    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names = {}
+    exec(program, names)
+    names["report"].mismatches[0] = 1  # the assertion in it can fail
+    with pytest.raises(AssertionError):
+        exec(program.splitlines()[-1], names)
+
+
+def test_files_and_modules_it_names_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"-m benchmarks\.(\w+)", README):
+        assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+    for path in re.findall(r"--config=(configs/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("plain autodiff", "plain"),
+        ("per-block `jax.checkpoint`", "remat"),
+        ("BDIA, 0 guard bits", "bdia_guard0"),
+        ("BDIA, 1 guard bit (default)", "bdia_guard1"),
+    ],
+)
+def test_memory_and_time_row(label, name):
+    sizes = result("memory")["results"]["variants"][name]
+    step = result("step_time")["results"][name]
+    shallow, deep = (sizes["temp_bytes"][depth] / MIB for depth in ("6", "48"))
+    per_block = f"{sizes['bytes_per_block'] / MIB:.3g}"
+    memory = f"{shallow:.0f} MiB | {deep:.0f} MiB | {per_block} MiB"
+    row = f"| {label} | {memory} | {step['median']:.2f} s |"
+    assert row in README, row
+
+
+def test_digits_numbers():
+    digits = result("digits")["results"]
+
+    def percent(name):
+        return f"{100 * digits[name]['mean_accuracy']:.1f}"
+
+    assert f"| {percent('bdia')} % (plain ViT {percent('plain')} %) |" in README
+    bdia, plain = (digits[name]["runs"][0]["temp_bytes"] / MIB for name in ("bdia", "plain"))
+    assert f"{bdia:.1f} MiB against {plain:.1f} MiB" in README
+
+
+@pytest.mark.parametrize(
+    ("label", "numerics"),
+    [
+        ("float32", "float32"),
+        ("float32, highest precision", "float32-highest"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16, h rounded to bfloat16 too", "bfloat16-h"),
+        ("bfloat16 without `rounding.py`", "bfloat16-unpinned"),
+    ],
+)
+def test_drift_row(label, numerics):
+    rows = [row for row in result("drift")["results"]["rows"] if row["numerics"] == numerics]
+    cells = []
+    for guard_bits in (0, 1):
+        chosen = [row for row in rows if row["guard_bits"] == guard_bits]
+        wrong = sum(row["mismatches"] for row in chosen)
+        elements = sum(row["elements"] for row in chosen)
+        cells.append(f"{wrong:,} of {elements:,}")
+    drifts = [row["max_drift"] for row in rows]
+    drift = "over 63" if None in drifts else f"{max(drifts):.2g}"
+    row = f"| {label} | {drift} | {cells[0]} | {cells[1]} |"
+    assert row in README, row
