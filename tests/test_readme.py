@@ -1,5 +1,6 @@
 """The README's program runs, its commands exist, and its numbers are those of the result files."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,9 +18,11 @@ def result(name):
 
 def test_quick_start_runs():
     (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    names = {}
+    names: dict = {}
     exec(program, names)
-    names["report"].mismatches[0] = 1  # the assertion in it can fail
+    report = names["report"]
+    wrong = report.mismatches + 1  # the assertion in it can fail
+    names["report"] = dataclasses.replace(report, mismatches=wrong)
     with pytest.raises(AssertionError):
         exec(program.splitlines()[-1], names)
 
@@ -29,7 +32,7 @@ def test_files_and_modules_it_names_exist():
         assert (ROOT / path).exists(), path
     for name in re.findall(r"-m benchmarks\.(\w+)", README):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
-    for path in re.findall(r"--config=(configs/\w+\.py)", README):
+    for path in re.findall(r"--config=(configs/[a-z]\w*\.py)", README):
         assert (ROOT / path).exists(), path
 
 
