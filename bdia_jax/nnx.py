@@ -49,7 +49,7 @@ class BDIAStack(nnx.Module):
         ...     def __call__(self, x):
         ...         return nnx.gelu(self.dense(self.norm(x)))
         >>> stack = BDIAStack(Block, depth=4, rngs=nnx.Rngs(0))
-        >>> stack(jnp.ones((2, 8))).shape
+        >>> stack(jax.numpy.ones((2, 8))).shape
         (2, 8)
     """
 
