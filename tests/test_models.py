@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def changed_tokens(block, at, **kwargs):
 
 
 def test_a_causal_block_does_not_look_ahead():
-    block = PreNormBlock(8, 2, 12, is_causal=True, rngs=nnx.Rngs(0))
+    block = PreNormBlock(8, 2, 12, attention=partial(Attention, is_causal=True), rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(changed_tokens(block, 3), np.arange(6) >= 3)
     free = PreNormBlock(8, 2, 12, rngs=nnx.Rngs(0))
     assert changed_tokens(free, 3).all()

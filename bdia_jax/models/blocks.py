@@ -1,5 +1,6 @@
 """The parts models are built from. A block returns what it adds to the residual stream."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,6 +11,8 @@ from flax import nnx
 # to bfloat16 at magnitude 4, h would move in steps of eight quanta (frac_bits 9), far more
 # than a guard bit absorbs.
 _residual_linear = partial(nnx.Linear, preferred_element_type=jnp.float32)
+_lecun = nnx.initializers.lecun_normal()
+_gelu = partial(jax.nn.gelu, approximate=False)
 
 
 class Attention(nnx.Module):
@@ -18,9 +21,11 @@ class Attention(nnx.Module):
     Args:
         width: D.
         num_heads: H, divides width.
+        dropout_rate: of the output.
         dtype: of the matrix products; parameters stay float32.
         qkv_bias: bias of the input projection.
-        is_causal: whether a token sees only those before it.
+        is_causal: whether a token sees only itself and those before it.
+        kernel_init, out_init: of the input and the output projection.
     """
 
     def __init__(
@@ -32,27 +37,110 @@ class Attention(nnx.Module):
         dtype=jnp.float32,
         qkv_bias: bool = False,
         is_causal: bool = False,
+        kernel_init: Callable = _lecun,
+        out_init: Callable = _lecun,
         rngs: nnx.Rngs,
     ):
-        if width % num_heads:
-            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+        _check_heads(width, num_heads)
         self.num_heads = num_heads
         self.is_causal = is_causal
-        self.qkv = nnx.Linear(width, 3 * width, dtype=dtype, use_bias=qkv_bias, rngs=rngs)
+        self.qkv = nnx.Linear(
+            width, 3 * width, dtype=dtype, use_bias=qkv_bias, kernel_init=kernel_init, rngs=rngs
+        )
+        self.out = _residual_linear(width, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.cache: Cache | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, D]. mask: bool, broadcastable to [B, H, T, T], True = see.
+
+        With a `Cache`, x continues the tokens of earlier calls and sees them too.
+
+        Raises:
+            ValueError: a mask with a `Cache`, which brings its own.
+        """
+        q, k, v = (_heads(y, self.num_heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        is_causal = self.is_causal
+        if self.cache is not None:
+            if mask is not None:
+                raise ValueError(f"mask of shape {mask.shape} with a cache; decode without a mask")
+            k, v, mask = self.cache.extend(k, v)
+            is_causal = False
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
+        return self.dropout(self.out(attended.reshape(x.shape)))
+
+
+class Cache(nnx.Module):
+    """Keys and values of the tokens a stack of K causal attentions has seen.
+
+    The state of one `Attention` in a `BDIAStack`, stacked like its parameters. The stack
+    carries it from call to call.
+
+    Args:
+        attention: the stacked module (`stack.blocks.attention`); its `cache` is to be this.
+        batch_size: B.
+        length: the most tokens it can hold; further ones overwrite the last.
+    """
+
+    def __init__(self, attention: Attention, batch_size: int, length: int):
+        depth, width, _ = attention.out.kernel.shape
+        heads = attention.num_heads
+        shape = (depth, batch_size, length, heads, width // heads)
+        dtype = attention.qkv.dtype or jnp.float32
+        self.key = nnx.Cache(jnp.zeros(shape, dtype))
+        self.value = nnx.Cache(jnp.zeros(shape, dtype))
+        self.used = nnx.Cache(jnp.zeros(depth, jnp.int32))
+
+    def extend(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Appends k, v [B, T, H, D/H]; all keys, all values, and a mask [1, 1, T, length]."""
+        used = self.used[...]
+        at = (0, used, 0, 0)
+        self.key[...] = jax.lax.dynamic_update_slice(self.key[...], k, at)
+        self.value[...] = jax.lax.dynamic_update_slice(self.value[...], v, at)
+        self.used[...] = used + k.shape[1]
+        query = used + jnp.arange(k.shape[1])
+        seen = jnp.arange(self.key.shape[1]) <= query[:, None]
+        return self.key[...], self.value[...], seen[None, None]
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of x to a memory, with a float32 output. Args: as `Attention`."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        _check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.query = nnx.Linear(width, width, dtype=dtype, use_bias=False, rngs=rngs)
+        self.key_value = nnx.Linear(width, 2 * width, dtype=dtype, use_bias=False, rngs=rngs)
         self.out = _residual_linear(width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, D]. mask: bool, broadcastable to [B, H, T, T], True = see."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=self.is_causal)
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, T, D], memory [B, S, D] -> float32 [B, T, D]. mask: as bool [B, H, T, S]."""
+        q = _heads(self.query(x), self.num_heads)
+        k, v = (_heads(y, self.num_heads) for y in jnp.split(self.key_value(memory), 2, axis=-1))
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return self.dropout(self.out(attended.reshape(x.shape)))
 
 
 class MLP(nnx.Module):
-    """Linear, GELU, Linear with a float32 output. Args: as `Attention`; mlp_dim: hidden width."""
+    """Linear, activation, Linear with a float32 output.
+
+    Args:
+        width: D.
+        mlp_dim: the hidden width.
+        dropout_rate: of the hidden activations and of the output.
+        dtype: of the matrix products; parameters stay float32.
+        activation: GELU by default.
+        kernel_init, out_init: of the first and the second Linear.
+    """
 
     def __init__(
         self,
@@ -61,24 +149,30 @@ class MLP(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
+        activation: Callable[[jax.Array], jax.Array] = _gelu,
+        kernel_init: Callable = _lecun,
+        out_init: Callable = _lecun,
         rngs: nnx.Rngs,
     ):
-        self.hidden = nnx.Linear(width, mlp_dim, dtype=dtype, rngs=rngs)
-        self.out = _residual_linear(mlp_dim, width, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        self.hidden = nnx.Linear(width, mlp_dim, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.out = _residual_linear(mlp_dim, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.hidden_dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, D]."""
-        hidden = jax.nn.gelu(self.hidden(x), approximate=False)
-        return self.dropout(self.out(self.hidden_dropout(hidden)))
+        return self.dropout(self.out(self.hidden_dropout(self.activation(self.hidden(x)))))
 
 
 class PreNormBlock(nnx.Module):
     """The pre-norm transformer block as the h of eq. 4: h = f(x) + g(x + f(x)).
 
     f is attention and g the MLP, each behind a LayerNorm. x + h is the usual block.
-    Args: as `Attention` and `MLP`.
+
+    Args:
+        width, num_heads, mlp_dim, dropout_rate, dtype: as in `Attention` and `MLP`.
+        attention, mlp: what makes the two parts; `functools.partial` sets their options.
     """
 
     def __init__(
@@ -89,16 +183,35 @@ class PreNormBlock(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
-        is_causal: bool = False,
+        attention: Callable[..., nnx.Module] = Attention,
+        mlp: Callable[..., nnx.Module] = MLP,
         rngs: nnx.Rngs,
     ):
         common = {"dropout_rate": dropout_rate, "dtype": dtype, "rngs": rngs}
         self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = Attention(width, num_heads, is_causal=is_causal, **common)
+        self.attention = attention(width, num_heads, **common)
         self.mlp_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.mlp = MLP(width, mlp_dim, **common)
+        self.mlp = mlp(width, mlp_dim, **common)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """float32 [B, T, D] -> float32 h [B, T, D]."""
-        f = self.attention(self.attention_norm(x), mask)
-        return f + self.mlp(self.mlp_norm(x + f))
+        f = self.f(x, mask)
+        return f + self.g(x + f)
+
+    def f(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The attention branch alone, without the residual."""
+        return self.attention(self.attention_norm(x), mask)
+
+    def g(self, x: jax.Array) -> jax.Array:
+        """The MLP branch alone, without the residual."""
+        return self.mlp(self.mlp_norm(x))
+
+
+def _heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, D] -> [B, T, H, D / H]."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def _check_heads(width: int, num_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
