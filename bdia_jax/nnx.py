@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._checks import check_magnitude
@@ -11,9 +12,12 @@ from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
+from bdia_jax.stacked import Stack, call_whole, draw, stacked_params
+
+__all__ = ["BDIAStack", "stacked_params"]
 
 
-class BDIAStack(nnx.Module):
+class BDIAStack(Stack):
     """A stack of K residual blocks that keeps side bits instead of activations.
 
     `y = stack(x)` is the whole loop `for block in blocks: x = x + block(x)`. In training
@@ -32,11 +36,17 @@ class BDIAStack(nnx.Module):
             0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`; the first two may be set later too
             (`stack.backprop = "store"`).
+        inference_gamma: the constant gamma_1 .. gamma_{K-1} of eq. 10 at inference, from
+            -0.5 to 0.5: another solver of the same ODE, as in Fig. 1 of the paper. 0 is the
+            unchanged transformer. May be set later too (`stack.inference_gamma = 0.2`).
 
     Attributes:
         blocks: one block module whose variables are stacked on a leading axis K.
         deterministic: True at inference; `train()` and `eval()` of this or any enclosing
             module set it.
+
+    Raises:
+        ValueError: a depth below 1, or inference_gamma outside [-0.5, 0.5].
 
     Dropout inside a block draws from a key of its own per block and call, the same in the
     forward and the backward pass. Variables that are neither parameters nor random state
@@ -63,18 +73,23 @@ class BDIAStack(nnx.Module):
         fixed_point: FixedPoint | None = FixedPoint(),
         backprop: str = "reversible",
         has_aux: bool = False,
+        inference_gamma: float = 0.0,
     ):
-        if depth < 1:
-            raise ValueError(f"depth is {depth}, expected at least one block")
-        stacked_init = nnx.vmap(lambda block_rngs: make_block(block_rngs))
-        self.blocks = stacked_init(rngs.split(depth))
-        self.rngs = nnx.Rngs(gamma=_draw(rngs, "gamma"), dropout=_draw(rngs, "dropout"))
-        self.depth = depth
+        super().__init__(make_block, depth, rngs=rngs, backprop=backprop, has_aux=has_aux)
         self.magnitude = magnitude
         self.fixed_point = fixed_point
-        self.backprop = backprop
-        self.has_aux = has_aux
-        self.deterministic = False
+        self.inference_gamma = inference_gamma
+
+    @property
+    def inference_gamma(self) -> float:
+        """gamma_1 .. gamma_{K-1} at inference."""
+        return self._inference_gamma
+
+    @inference_gamma.setter
+    def inference_gamma(self, gamma: float) -> None:
+        if not -0.5 <= gamma <= 0.5:
+            raise ValueError(f"inference_gamma is {gamma}, expected a number from -0.5 to 0.5")
+        self._inference_gamma = float(gamma)
 
     def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
@@ -88,20 +103,23 @@ class BDIAStack(nnx.Module):
         Raises:
             ValueError: as `bdia_scan`.
         """
-        block_fn, params, gamma, updated = self._functional(x, rngs)
-        out, (aux, new_state) = bdia_scan(
-            block_fn,
-            params,
+        rngs = self.rngs if rngs is None else rngs
+        gamma = self._gamma(x.shape[0], rngs)
+        pure = self.pure(rngs, call_whole)
+        backprop = self.backprop
+        if self.deterministic and gamma is not None and backprop == "reversible":
+            backprop = "store"  # the same forward bits, for gamma of any magnitude
+        out, aux = bdia_scan(
+            pure.block_fns[0],
+            pure.params,
             x,
             gamma,
             *consts,
             fixed_point=self.fixed_point,
-            backprop=self.backprop,
+            backprop=backprop,
             has_aux=True,
         )
-        if updated:
-            nnx.update(self.blocks, new_state)
-        return (out, aux) if self.has_aux else out
+        return self.finish(out, aux, pure.has_state)
 
     def audit(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Audit:
         """`bdia_jax.audit` of this stack in training mode: is its rebuild exact here?
@@ -114,75 +132,26 @@ class BDIAStack(nnx.Module):
                 f"deterministic is {self.deterministic} and fixed_point {self.fixed_point}, so "
                 "nothing is rebuilt; call train() and set a FixedPoint"
             )
-        block_fn, params, gamma, _ = self._functional(x, rngs)
-        return audit(
-            block_fn, params, x, gamma, *consts, fixed_point=self.fixed_point, has_aux=True
-        )
-
-    def _functional(self, x, rngs):
-        """The stack as (block_fn, params, gamma) for `bdia_scan`, and whether it has state."""
         rngs = self.rngs if rngs is None else rngs
-        graphdef, weights, keys, counts, state = nnx.split(
-            self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
+        gamma = self._gamma(x.shape[0], rngs)
+        pure = self.pure(rngs, call_whole)
+        return audit(
+            pure.block_fns[0],
+            pure.params,
+            x,
+            gamma,
+            *consts,
+            fixed_point=self.fixed_point,
+            has_aux=True,
         )
-        has_state = bool(jax.tree.leaves(state))
+
+    def _gamma(self, batch_size: int, rngs: nnx.Rngs) -> jax.Array | None:
+        """[K, B] drawn in training; [K, 1] constant, or None for zero, at inference."""
         check_magnitude(self.magnitude, self.fixed_point, self.backprop)
-        gamma = None
-        if not self.deterministic:
-            if self.magnitude:
-                gamma_key = _draw(rngs, "gamma")
-                gamma = sample_gamma(gamma_key, self.depth, x.shape[0], self.magnitude)
-            if jax.tree.leaves(keys):
-                keys = _reseed(keys, _draw(rngs, "dropout"), self.depth)
-
-        def block_fn(params_k, x, *consts):
-            block = nnx.merge(graphdef, *params_k)
-            out = block(x, *consts)
-            h, aux = out if self.has_aux else (out, None)
-            new_state = nnx.split(block, nnx.Param, nnx.RngState, ...)[3] if has_state else None
-            return h, (aux, jax.lax.stop_gradient(new_state))
-
-        return block_fn, (weights, keys, counts, state), gamma, has_state
-
-
-def stacked_params(model: nnx.Module) -> nnx.State:
-    """Which parameters of `model` belong to a BDIAStack, for optimizers that work per layer.
-
-    Returns:
-        A State like `nnx.state(model, nnx.Param)` with a bool in place of each array: True
-        where the leading axis counts blocks. Hand it to `bdia_jax.optim.set_adam`.
-    """
-    prefixes = [
-        (*path, "blocks")
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BDIAStack)
-    ]
-
-    def is_stacked(path, _):
-        return any(path[: len(prefix)] == prefix for prefix in prefixes)
-
-    return nnx.map_state(
-        lambda path, variable: variable.replace(is_stacked(path, variable)),
-        nnx.state(model, nnx.Param),
-    )
-
-
-def _draw(rngs: nnx.Rngs, stream: str) -> jax.Array:
-    # not rngs.gamma(): that is jax.random.gamma when there is no such stream
-    try:
-        return rngs[stream]()
-    except KeyError:
-        raise ValueError(
-            f"rngs has no stream {stream!r} and no default; make it with nnx.Rngs(seed) or "
-            f"nnx.Rngs(params=..., {stream}=...)"
-        ) from None
-
-
-def _reseed(keys: nnx.State, key: jax.Array, depth: int) -> nnx.State:
-    """New keys [K] for every random stream inside the blocks, so that masks differ by call."""
-    leaves, treedef = jax.tree.flatten(keys)
-    fresh = [
-        jax.random.split(jax.random.fold_in(key, index), depth).reshape(leaf.shape)
-        for index, leaf in enumerate(leaves)
-    ]
-    return treedef.unflatten(fresh)
+        if self.deterministic:
+            if self.inference_gamma == 0:
+                return None
+            return jnp.full((self.depth, 1), self.inference_gamma, jnp.float32).at[0].set(0.0)
+        if self.magnitude == 0:
+            return None
+        return sample_gamma(draw(rngs, "gamma"), self.depth, batch_size, self.magnitude)

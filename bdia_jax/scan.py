@@ -12,16 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from bdia_jax import _checks
-from bdia_jax.fixed_point import (
-    FixedPoint,
-    dequantize,
-    pack_bits,
-    quantize,
-    straight_through,
-    unpack_bits,
-)
-from bdia_jax.recurrence import inverse_step, mix, step, step_any_gamma
-from bdia_jax.rounding import has_half_precision, pin_rounding
+from bdia_jax.autodiff import autodiff_scan
+from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
+from bdia_jax.recurrence import inverse_step, step
+from bdia_jax.split import Block, Split, per_sample, split, split_block
 
 PyTree = Any
 
@@ -96,25 +90,19 @@ def bdia_scan(
                 "use backprop='store' for it"
             ) from error
     else:
-        result = _autodiff(call.static, *call.operands, remat=backprop == "remat")
+        remat = backprop == "remat"
+        result = autodiff_scan(call.static.block, fixed_point, *call.operands, remat=remat)
     x_last, aux = result
     if call.gamma_is_valid is not True:
         x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
     return (x_last, call.static.merge_aux(*aux)) if has_aux else x_last
 
 
-class Split(NamedTuple):
-    """A pytree's leaves, those with a gradient apart from those without."""
-
-    diff: Any
-    data: Any
-
-
 class Static(NamedTuple):
     """What is known at trace time: the block over split leaves, and the format."""
 
-    block: Callable[[Split, jax.Array, Split], tuple[jax.Array, Split]]
-    fixed_point: Any  # FixedPoint; None only on the way to _autodiff
+    block: Block
+    fixed_point: Any  # FixedPoint; None only on the way to autodiff_scan
     merge_aux: Callable[[list, list], PyTree]
 
 
@@ -134,42 +122,10 @@ def prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
     gamma, gamma_is_valid = _checks.check_gamma(
         gamma, depth, x0.shape[0], fixed_point if backprop == "reversible" else None
     )
-    split_params, merge_params = _splitter(params)
-    split_consts, merge_consts = _splitter(consts)
-    jaxpr, aux_shape = _checks.check_block(block_fn, params, x0, consts, has_aux)
-    _, merge_aux = _splitter(aux_shape)
-
-    if has_half_precision(jaxpr.jaxpr):
-        block_fn = pin_rounding(block_fn)
-
-    def block(params_k: Split, x: jax.Array, shared: Split):
-        out = block_fn(merge_params(*params_k), x, *merge_consts(*shared))
-        h, aux = out if has_aux else (out, None)
-        return h.astype(jnp.float32), _splitter(aux)[0]
-
+    block, merge_aux = split_block(block_fn, params, x0, consts, has_aux)
     static = Static(block, fixed_point, merge_aux)
-    return Call(static, (split_params, x0, gamma, split_consts), gamma_is_valid)
-
-
-def _splitter(tree: PyTree):
-    """(Split of the leaves, the function that puts such a split back into the tree)."""
-    leaves, treedef = jax.tree.flatten(tree)
-    is_diff = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    split = Split(
-        [leaf for leaf, diff in zip(leaves, is_diff, strict=True) if diff],
-        [leaf for leaf, diff in zip(leaves, is_diff, strict=True) if not diff],
-    )
-
-    def merge(diff: list, data: list) -> PyTree:
-        diff_leaves, data_leaves = iter(diff), iter(data)
-        return treedef.unflatten([next(diff_leaves if d else data_leaves) for d in is_diff])
-
-    return split, merge
-
-
-def _per_sample(gamma_k: jax.Array, x: jax.Array) -> jax.Array:
-    """[B] or [1] -> [B, 1, ..., 1]."""
-    return gamma_k.reshape(gamma_k.shape + (1,) * (x.ndim - 1))
+    operands = (split(params)[0], x0, gamma, split(consts)[0])
+    return Call(static, operands, gamma_is_valid)
 
 
 # --- "reversible": nothing is kept but the last two states and the side bits ----------
@@ -195,7 +151,7 @@ def forward_scan(static: Static, params: Split, x0, gamma, consts: Split, probe=
         h, aux = static.block(params_k, x, consts)
         if gamma_k is None:
             return (n, quantize(x + h, fixed_point)), (aux, None)
-        n_next, side, pre_round = step(n_prev, n, h, _per_sample(gamma_k, n), fixed_point)
+        n_next, side, pre_round = step(n_prev, n, h, per_sample(gamma_k, n), fixed_point)
         if probe is not None:
             aux = probe(n_prev, pre_round)
         return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits))
@@ -259,7 +215,7 @@ def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents,
             h, aux = static.block(Split(diff, params_k.data), x, Split(diff_consts, consts.data))
             return h, aux.diff
 
-        gamma_x = _per_sample(gamma_k, n)
+        gamma_x = per_sample(gamma_k, n)
         x = dequantize(n, fixed_point)
         (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
         side = unpack_bits(packed_k, fixed_point.side_bits, n.shape)
@@ -279,45 +235,3 @@ def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents,
         body, init, (params, gamma, packed, ct_aux, all_probe_inputs), reverse=True
     )
     return (ct_params, ct_x0, ct_consts), (n0, seen)
-
-
-# --- "store" and "remat": the same forward, differentiated by JAX ---------------------
-
-
-def _autodiff(static: Static, params: Split, x0, gamma, consts: Split, remat: bool):
-    """The recurrence in a form JAX differentiates; `x` shadows `n` to carry gradients."""
-    fixed_point = static.fixed_point
-
-    def exact_body(carry, block_inputs):
-        (n_prev, x_prev), (n, x) = carry
-        params_k, gamma_k = block_inputs
-        h, aux = static.block(params_k, x, consts)
-        if gamma_k is None:
-            y = x + h
-            n_next = quantize(y, fixed_point)
-        else:
-            gamma_x = _per_sample(gamma_k, n)
-            y = gamma_x * x_prev + mix(x, h, gamma_x)
-            n_next = step_any_gamma(n_prev, n, jax.lax.stop_gradient(h), gamma_x, fixed_point)
-        x_next = straight_through(y, dequantize(n_next, fixed_point))
-        return ((n, x), (n_next, x_next)), aux
-
-    def float_body(carry, block_inputs):
-        x_prev, x = carry
-        params_k, gamma_k = block_inputs
-        h, aux = static.block(params_k, x, consts)
-        if gamma_k is None:
-            return (x, x + h), aux
-        gamma_x = _per_sample(gamma_k, x)
-        return (x, gamma_x * x_prev + mix(x, h, gamma_x)), aux
-
-    x0 = x0.astype(jnp.float32)
-    if fixed_point is None:
-        body, state = float_body, x0
-    else:
-        n0 = quantize(x0, fixed_point)
-        body, state = exact_body, (n0, straight_through(x0, dequantize(n0, fixed_point)))
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
-    (_, last), aux = jax.lax.scan(body, (state, state), (params, gamma))
-    return (last if fixed_point is None else last[1]), aux

@@ -11,6 +11,7 @@ if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 settings.register_profile("bdia", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bdia")
@@ -32,3 +33,28 @@ def _has_gpu() -> bool:
 @pytest.fixture
 def key():
     return jax.random.key(20240709)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where bundled data sets prepare themselves, once."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="session")
+def quick_compile(tmp_path_factory):
+    """Unoptimized programs, kept for who needs them again: compiling is what tiny runs cost."""
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in changed}
+    for name, value in changed.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -8,12 +8,16 @@ from flax import nnx
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 from bdia_jax import FixedPoint
+from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
+from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.vit import ViT
+from bdia_jax.nnx import BDIAStack
 
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
 IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
 SMALL = {"image_shape": (8, 8, 3), "width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24}
 
 
@@ -143,7 +147,7 @@ def test_a_sample_does_not_depend_on_its_batch_at_inference():
 
 
 def test_the_plain_vit_is_the_loop_over_its_blocks():
-    model = evaluated(small_vit(fixed_point=None, magnitude=0, backprop="store"))
+    model = evaluated(small_vit(stack=PLAIN))
     kernel, bias = model.patches.kernel[...], model.patches.bias[...]
     patches = IMAGES.reshape(3, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(3, 4, 48)
     tokens = patches @ kernel.reshape(48, 16) + bias
@@ -158,23 +162,32 @@ def test_the_plain_vit_is_the_loop_over_its_blocks():
 
 def test_quantized_inference_is_close_to_unquantized():
     quantized = evaluated(small_vit())(IMAGES)
-    plain = evaluated(small_vit(fixed_point=None, backprop="store"))(IMAGES)
+    plain = evaluated(small_vit(stack=PLAIN))(IMAGES)
     assert 0 < np.max(np.abs(quantized - plain)) < 0.02
-    fine = evaluated(small_vit(fixed_point=FixedPoint(frac_bits=16)))(IMAGES)
+    fine_stack = partial(BDIAStack, fixed_point=FixedPoint(frac_bits=16))
+    fine = evaluated(small_vit(stack=fine_stack))(IMAGES)
     assert np.max(np.abs(fine - plain)) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_trains_reversibly_and_exactly(dtype):
     def gradient(backprop):
-        model = small_vit(backprop=backprop, dtype=dtype)
+        model = small_vit(stack=partial(BDIAStack, backprop=backprop), dtype=dtype)
         loss = lambda m: jnp.sum(jnp.sin(m(IMAGES, rngs=nnx.Rngs(1))))  # noqa: E731
         return jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
 
     assert_grads_close(gradient("reversible"), gradient("store"), GRAD_TOLERANCE[jnp.dtype(dtype)])
     tokens = jax.random.normal(jax.random.key(2), (3, 5, 16))
     fp = FixedPoint(guard_bits=1 if dtype == jnp.float32 else 5)
-    assert small_vit(dtype=dtype, fixed_point=fp, depth=9).stack.audit(tokens).exact
+    stack = partial(BDIAStack, fixed_point=fp)
+    assert small_vit(dtype=dtype, stack=stack, depth=9).stack.audit(tokens).exact
+
+
+@pytest.mark.parametrize("stack, features", [(RevStack, 32), (MidpointStack, 16)])
+def test_it_is_as_wide_as_its_stack_says(stack, features):
+    model = small_vit(stack=stack, num_classes=7)
+    assert model.head.kernel.shape == (features, 7) and model.norm.scale.shape == (features,)
+    assert model(IMAGES).shape == (3, 7)
 
 
 def test_images_of_the_wrong_shape_are_refused():
@@ -182,3 +195,72 @@ def test_images_of_the_wrong_shape_are_refused():
         small_vit()(IMAGES[..., 0])
     with pytest.raises(ValueError, match=r"patch_size 5 does not divide"):
         small_vit(patch_size=5)
+
+
+# --- Linformer -----------------------------------------------------------------------
+
+
+def linformer(num_tokens=6, projected=3):
+    return LinformerAttention(8, 2, num_tokens=num_tokens, projected=projected, rngs=nnx.Rngs(0))
+
+
+def test_linformer_attends_to_mixtures_that_all_heads_share():
+    attention = linformer()
+    q, k, v = np.split(np.asarray(X @ attention.qkv.kernel[...]), 3, axis=-1)
+    assert attention.project_keys.shape == attention.project_values.shape == (3, 6)
+    keys = np.asarray(attention.project_keys[...]) @ k  # [B, 3, D]
+    values = np.asarray(attention.project_values[...]) @ v
+    q, keys, values = (np.moveaxis(y.reshape(2, -1, 2, 4), 2, 1) for y in (q, keys, values))
+    weights = np.asarray(jax.nn.softmax(q @ keys.swapaxes(-1, -2) / 2.0))
+    joined = np.moveaxis(weights @ values, 1, 2).reshape(2, 6, 8)
+    expected = joined @ np.asarray(attention.out.kernel[...]) + np.asarray(attention.out.bias[...])
+    np.testing.assert_allclose(attention(X), expected, atol=1e-5)
+
+
+def test_linformer_starts_within_one_over_root_k_and_differs_by_block():
+    matrix = np.asarray(linformer(projected=16, num_tokens=500).project_keys[...])
+    assert 0.24 < matrix.max() <= 0.25 and -0.25 <= matrix.min() < -0.24
+    model = small_vit(attention=partial(LinformerAttention, num_tokens=5, projected=3))
+    stacked = model.stack.blocks.attention.project_keys[...]
+    assert stacked.shape == (3, 3, 5) and np.all(stacked[0] != stacked[1])
+
+
+def shapes_in(jaxpr):
+    """The shape of every value in a jaxpr, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield from (var.aval.shape for var in eqn.outvars)
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from shapes_in(inner)
+
+
+def test_linformer_costs_no_tokens_by_tokens_array():
+    tokens = 37  # no other dimension here
+    x = jnp.ones((2, tokens, 8))
+
+    def has_square(attention):
+        graphdef, state = nnx.split(attention)
+        loss = lambda state: jnp.sum(nnx.merge(graphdef, state)(x))  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss, allow_int=True))(state)
+        return any(shape.count(tokens) > 1 for shape in shapes_in(jaxpr.jaxpr))
+
+    assert not has_square(linformer(tokens))
+    assert has_square(Attention(8, 2, rngs=nnx.Rngs(0)))
+
+
+def test_a_linformer_vit_trains_reversibly_and_exactly():
+    attention = partial(LinformerAttention, num_tokens=5, projected=3)
+
+    def gradient(backprop):
+        model = small_vit(attention=attention, stack=partial(BDIAStack, backprop=backprop))
+        loss = lambda m: jnp.sum(jnp.sin(m(IMAGES, rngs=nnx.Rngs(1))))  # noqa: E731
+        return jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
+
+    assert_grads_close(gradient("reversible"), gradient("store"), F32)
+    assert small_vit(attention=attention).stack.audit(jnp.ones((3, 5, 16))).exact
+
+
+def test_linformer_refuses_other_lengths_and_masks():
+    with pytest.raises(ValueError, match=r"\(2, 6, 8\), expected num_tokens = 5"):
+        linformer(num_tokens=5)(X)
+    with pytest.raises(ValueError, match=r"mask given.*use Attention"):
+        linformer()(X, jnp.ones((1, 1, 6, 6), bool))

@@ -231,6 +231,61 @@ def test_backprop_may_be_switched_on_a_living_stack():
     assert_grads_close(reversible, gradient(stack)[1], F32)
 
 
+# --- another constant gamma at inference ---------------------------------------------
+
+
+def inference(gamma, **options):
+    stack = make(Dropout, **options)
+    stack.eval()
+    stack.inference_gamma = gamma
+    return stack, nnx.jit(lambda stack: stack(X))(stack)
+
+
+def test_inference_gamma_zero_is_the_unchanged_transformer():
+    plain = make(Dropout)
+    plain.eval()
+    assert_same_bits(inference(0.0)[1], nnx.jit(lambda stack: stack(X))(plain))
+    assert relative_error(inference(-0.5)[1], plain(X)) > 1e-2
+
+
+@pytest.mark.parametrize("gamma", [-0.5, 0.3])
+def test_inference_gamma_is_the_constant_of_eq_10(gamma):
+    stack, y = inference(gamma)
+    graphdef, state = nnx.split(stack.blocks)
+
+    @jax.jit
+    def loop(x):
+        x_prev = x
+        for k in range(stack.depth):
+            h = nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], state))(x)
+            g = gamma if k else 0.0
+            x_prev, x = x, g * x_prev + (1 - g) * x + (1 + g) * h
+        return x
+
+    # two roundings a block, of half a quantum each, that later blocks amplify
+    np.testing.assert_allclose(y, loop(X), atol=20 * 2.0**-9)
+    assert np.max(np.abs(y - loop(X))) > 0
+    exact = inference(gamma, fixed_point=None, backprop="store")[1]
+    np.testing.assert_allclose(exact, loop(X), atol=2e-5)
+
+
+def test_inference_gamma_is_the_same_bits_for_every_backprop_and_not_used_in_training():
+    outputs = [inference(0.25, backprop=b)[1] for b in ("reversible", "store", "remat")]
+    assert_same_bits(outputs[0], outputs[1])
+    assert_same_bits(outputs[0], outputs[2])
+    stack = make(Dropout, inference_gamma=0.25)
+    assert stack.inference_gamma == 0.25
+    assert_same_bits(stack(X, rngs=nnx.Rngs(1)), make(Dropout)(X, rngs=nnx.Rngs(1)))
+
+
+def test_an_inference_gamma_beyond_one_half_is_refused():
+    with pytest.raises(ValueError, match=r"inference_gamma is 0.6, expected .* -0.5 to 0.5"):
+        make(Dense, inference_gamma=0.6)
+    stack = make(Dense)
+    with pytest.raises(ValueError, match="inference_gamma is nan"):
+        stack.inference_gamma = float("nan")
+
+
 # --- state and aux -------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def open_workdir(workdir: str, config: Config) -> Path:
     """
     path = Path(workdir).absolute()
     file = path / "config.json"
-    values = _flat(dataclasses.asdict(config))
+    values = json.loads(json.dumps(_flat(dataclasses.asdict(config))))  # as it will be read
     try:
         path.mkdir(parents=True, exist_ok=True)
         if file.exists():
@@ -69,12 +70,12 @@ class Checkpoints:
             workdir / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
 
-    def restore_or(self, state: Any) -> Any:
-        """The newest saved state, in the layout of `state`; `state` itself if there is none."""
+    def restore_or(self, init: Callable[[], Any]) -> Any:
+        """The newest saved state, in the layout of `init()`; `init()` itself if there is none."""
         step = self._manager.latest_step()
         if step is None:
-            return state
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            return init()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.eval_shape(init))
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def save(self, step: int, state: Any) -> None:

@@ -2,20 +2,48 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from bdia_jax import FixedPoint
+from bdia_jax.baselines import MidpointStack, RevStack
+from bdia_jax.nnx import BDIAStack
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of the ViT: the arguments of `bdia_jax.models.vit.ViT` of the same names."""
+class ViTConfig:
+    """The arguments of `bdia_jax.models.vit.ViT`; linformer_dim > 0 makes attention linear."""
 
+    name: str
     patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float
+    linformer_dim: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """The arguments of `bdia_jax.models.resnet.ResNet`."""
+
+    name: str
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The arguments of `bdia_jax.models.gpt2.GPT2`."""
+
+    name: str
     width: int
     depth: int
     num_heads: int
@@ -25,29 +53,92 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The arguments of `bdia_jax.models.transformer.Transformer`."""
+
+    name: str
+    width: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """Augmentation: RandAugment (0 operations for none), crop out of a padded image, flip.
+
+    inference_gammas: constant gammas the trained model is evaluated with at the end (Fig. 1).
+    """
+
+    rand_augment_ops: int
+    rand_augment_magnitude: int
+    crop_padding: int
+    flip: bool
+    inference_gammas: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInput:
+    """tokenizer is "gpt2" or "bytes"; length the tokens a sequence is packed to."""
+
+    tokenizer: str
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairInput:
+    """vocab_size of the BPE trained on both languages; boundaries: the buckets' lengths.
+
+    beam_size and eval_translations: how, and how many sentences, the BLEU score is made of.
+    """
+
+    vocab_size: int
+    boundaries: tuple[int, ...]
+    beam_size: int
+    eval_translations: int
+
+
+# Which model and input belong to which `config.model.name`; the input tells the task.
+_MODELS: dict[str, tuple[type, type]] = {
+    "vit": (ViTConfig, ImageInput),
+    "resnet": (ResNetConfig, ImageInput),
+    "gpt2": (GPT2Config, TextInput),
+    "transformer": (TransformerConfig, PairInput),
+}
+_STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One training run. Lengths are in steps.
 
-    dataset is a TFDS name, data_dir its folder ("" for the TFDS default), train_split and
-    eval_split TFDS splits. gamma is |gamma| in training, 0 for the plain transformer;
-    quantize=False keeps floating-point states. crop_padding and flip are the augmentation.
-    optimizer is "set_adam" or "adamw"; schedule, after warmup_steps, "constant" or "cosine".
+    num_seeds runs, of seed, seed + 1, ..., are trained at once, side by side on the device.
+    dataset is a name of `train.datasets` or of TFDS, data_dir its folder ("" for the TFDS
+    default), train_split and eval_split TFDS splits. stack is "bdia", or a baseline: "revnet"
+    or "midpoint". gamma is |gamma| in training, 0 for the plain transformer; quantize=False
+    keeps floating-point states. optimizer is "set_adam" or "adamw"; schedule, after
+    warmup_steps, "constant" or "cosine".
     """
 
     seed: int
+    num_seeds: int
     dataset: str
     data_dir: str
     train_split: str
     eval_split: str
-    crop_padding: int
-    flip: bool
-    model: ModelConfig
+    input: ImageInput | TextInput | PairInput
+    model: ViTConfig | ResNetConfig | GPT2Config | TransformerConfig
+    stack: str
     gamma: float
     quantize: bool
     frac_bits: int
     guard_bits: int
     backprop: str
     optimizer: str
+    b2: float
     schedule: str
     learning_rate: float
     warmup_steps: int
@@ -61,6 +152,7 @@ class Config:
 
     def __post_init__(self):
         choices = {
+            "stack": (*_STACKS,),
             "backprop": ("reversible", "store", "remat"),
             "optimizer": ("set_adam", "adamw"),
             "schedule": ("constant", "cosine"),
@@ -70,7 +162,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
         if self.model.dtype not in _DTYPES:
             raise ValueError(f"model.dtype is {self.model.dtype!r}, expected one of {(*_DTYPES,)}")
-        positive = ("batch_size", "num_steps", "learning_rate", "log_every_steps")
+        positive = ("num_seeds", "batch_size", "num_steps", "learning_rate", "log_every_steps")
         for name in (*positive, "eval_every_steps", "checkpoint_every_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
@@ -78,32 +170,69 @@ class Config:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}"
             )
-        if self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
+        if self.stack != "bdia":
+            self._check_baseline()
+        elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
             raise ValueError(
                 f"backprop='reversible' with gamma={self.gamma} and quantize={self.quantize}: it "
                 "needs gamma 0.5, 0.25 or 0.125 and quantize=True; "
                 "take --config.backprop=store or remat"
             )
 
+    def _check_baseline(self):
+        if self.quantize or self.gamma or self.backprop == "remat":
+            raise ValueError(
+                f"stack={self.stack!r} with gamma={self.gamma}, quantize={self.quantize} and "
+                f"backprop={self.backprop!r}: this baseline has floating-point states and no "
+                "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
+            )
+        if isinstance(self.input, ImageInput) and self.input.inference_gammas != (0.0,):
+            raise ValueError(
+                f"input.inference_gammas {self.input.inference_gammas} with stack={self.stack!r}: "
+                "only 'bdia' has a gamma at inference; set them to (0.0,)"
+            )
+        if self.stack == "revnet" and not isinstance(self.model, ViTConfig):
+            raise ValueError("stack='revnet' doubles the features; only the ViT takes them")
+
     @classmethod
     def from_config_dict(cls, config: Any) -> "Config":
         """From the ml_collections.ConfigDict that a file in configs/ returns."""
         values = config.to_dict()
-        return cls(**{**values, "model": ModelConfig(**values["model"])})
+        model = dict(values["model"])
+        if model["name"] not in _MODELS:
+            raise ValueError(f"model.name is {model['name']!r}, expected one of {(*_MODELS,)}")
+        model_class, input_class = _MODELS[model["name"]]
+        values["model"] = _build(model_class, model, "model")
+        values["input"] = _build(input_class, values["input"], "input")
+        return _build(cls, values, "config")
 
     @property
-    def vit_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ViT, the stack's included."""
+    def model_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the model, its stack included."""
+        values = dataclasses.asdict(self.model)
+        del values["name"]
+        return values | {"dtype": _DTYPES[self.model.dtype], "stack": self._make_stack()}
+
+    def _make_stack(self):
+        if self.stack != "bdia":
+            return partial(_STACKS[self.stack], backprop=self.backprop)
         fixed_point = None
         if self.quantize:
             gamma_bits = round(-math.log2(self.gamma)) if _is_power(self.gamma) else 1
             fixed_point = FixedPoint(self.frac_bits, self.guard_bits, gamma_bits)
-        return dataclasses.asdict(self.model) | {
-            "dtype": _DTYPES[self.model.dtype],
-            "magnitude": self.gamma,
-            "fixed_point": fixed_point,
-            "backprop": self.backprop,
-        }
+        return partial(
+            BDIAStack, magnitude=self.gamma, fixed_point=fixed_point, backprop=self.backprop
+        )
+
+
+def _build(cls: type, values: dict, where: str):
+    """cls(**values); missing and unknown fields are named."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    wrong = [f"no {name}" for name in sorted(fields - values.keys())]
+    wrong += [f"unknown {name}" for name in sorted(values.keys() - fields)]
+    if wrong:
+        raise ValueError(f"{where} does not fit {cls.__name__}: {', '.join(wrong)}")
+    return cls(**values)
 
 
 def _is_power(gamma: float) -> bool:

@@ -1,10 +1,18 @@
 """What a run tells: the progress line, metrics.jsonl and the training curve."""
 
+import contextlib
+import datetime
 import json
+import platform
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import jax
 import matplotlib.pyplot as plt
+import numpy as np
 
 
 class Log:
@@ -12,47 +20,90 @@ class Log:
 
     Records beyond `start_step`, left by an interrupted run, are dropped, with the evaluation
     at `start_step`: the run makes them again.
+
+    Args:
+        workdir: where the file is.
+        start_step, num_steps: of the run.
+        batch_size: examples a step sees, all seeds together.
+        memory_bytes: what a step needs, for the progress line.
     """
 
-    def __init__(self, workdir: Path, start_step: int, num_steps: int, memory_bytes: int):
+    def __init__(
+        self, workdir: Path, start_step: int, num_steps: int, batch_size: int, memory_bytes: int
+    ):
         self._file = workdir / "metrics.jsonl"
         self._num_steps = num_steps
+        self._batch_size = batch_size
         self._memory_bytes = memory_bytes
         self._mark = (time.monotonic(), start_step)
         kept = [
             record
             for record in read_records(workdir)
-            if record["step"] < start_step + (record["kind"] == "train")
+            if record["step"] < start_step + (record["kind"] in ("train", "start"))
         ]
         self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
-    def train(self, step: int, batch_size: int, **metrics: float) -> None:
-        """Speed is measured between calls, without the seconds evaluation has taken."""
+    def start(self, **facts: Any) -> None:
+        """Where the numbers that follow come from: date, device and versions besides `facts`."""
+        self._write(
+            self._mark[1],
+            "start",
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            device=device_name(),
+            versions={"python": platform.python_version()}
+            | {name: version(name) for name in ("jax", "flax", "optax")},
+            **facts,
+        )
+
+    def train(self, step: int, **metrics: Any) -> None:
+        """Metrics averaged since the last record. Speed leaves out what `pause` took."""
         then, step_then = self._mark
         self._mark = (time.monotonic(), step)
         seconds_per_step = (self._mark[0] - then) / max(1, step - step_then)
-        speed = batch_size / seconds_per_step
-        self._write(step, "train", **metrics, images_per_second=speed)
+        speed = self._batch_size / seconds_per_step
+        means = self._write(step, "train", **metrics, examples_per_second=speed)
         eta = int(seconds_per_step * (self._num_steps - step))
         print(
             f"step {step}/{self._num_steps} {100 * step // self._num_steps}%"
-            f"  loss {metrics['loss']:.3f}  acc {metrics['accuracy']:.3f}"
-            f"  lr {metrics['learning_rate']:.1e}  {speed:.0f} img/s"
+            f"  loss {means['loss']:.3f}"
+            + (f"  acc {means['accuracy']:.3f}" if "accuracy" in means else "")
+            + f"  lr {means['learning_rate']:.1e}  {speed:.0f} ex/s"
             f"  {format_bytes(self._memory_bytes)}  ETA {eta // 60}:{eta % 60:02d}",
             flush=True,
         )
 
-    def evaluation(self, step: int, seconds: float, **metrics: float) -> None:
-        self._mark = (self._mark[0] + seconds, self._mark[1])
-        self._write(step, "eval", **metrics)
+    def evaluation(self, step: int, **metrics: Any) -> dict[str, float]:
+        """Returns the means over the seeds."""
+        means = self._write(step, "eval", **metrics)
         print(
-            f"step {step}  eval loss {metrics['loss']:.3f}  acc {metrics['accuracy']:.4f}",
+            f"step {step}  eval"
+            + "".join(f"  {name[:4]} {value:.4f}" for name, value in means.items()),
             flush=True,
         )
+        return means
 
-    def _write(self, step: int, kind: str, **metrics: float) -> None:
+    def final(self, step: int, **metrics: list[float]) -> dict[str, float]:
+        """What the task measures once training has ended, a value a seed. Returns the means."""
+        return self._write(step, "final", **{k: np.asarray(v) for k, v in metrics.items()})
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training and does not count as its time."""
+        begin = time.monotonic()
+        yield
+        self._mark = (self._mark[0] + time.monotonic() - begin, self._mark[1])
+
+    def _write(self, step: int, kind: str, **values: Any) -> dict[str, Any]:
+        """One record: a metric is its mean over the seeds, with each seed's under "seeds"."""
+        arrays = {
+            k: v.tolist() for k, v in values.items() if isinstance(v, (np.ndarray, np.generic))
+        }
+        means = {k: float(np.mean(v)) if k in arrays else v for k, v in values.items()}
+        seeds = {k: v for k, v in arrays.items() if isinstance(v, list)}
+        record = {"step": step, "kind": kind, **means} | ({"seeds": seeds} if seeds else {})
         with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+            file.write(json.dumps(record) + "\n")
+        return means
 
 
 def read_records(workdir: Path) -> list[dict]:
@@ -69,13 +120,14 @@ def read_records(workdir: Path) -> list[dict]:
 
 def draw_curve(workdir: Path) -> None:
     """workdir/curve.png: loss and accuracy against step, training and evaluation."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     records = read_records(workdir)
-    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+    metrics = [name for name in ("loss", "accuracy") if any(name in record for record in records)]
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(4.5 * len(metrics), 3.2), layout="constrained", squeeze=False
+    )
+    for axis, metric in zip(axes[0], metrics, strict=True):
         for kind, style in (("train", "C0-"), ("eval", "C1o-")):
-            points = [
-                (record["step"], record[metric]) for record in records if record["kind"] == kind
-            ]
+            points = [(r["step"], r[metric]) for r in records if r["kind"] == kind]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), style, label=kind, linewidth=1.2, markersize=3
@@ -84,9 +136,20 @@ def draw_curve(workdir: Path) -> None:
         axis.set_ylabel(metric)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    axes[0].set_yscale("log")
+    axes[0][0].set_yscale("log")
     figure.savefig(workdir / "curve.png", dpi=120)
     plt.close(figure)
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's model and number of cores in use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def format_bytes(count: float) -> str:

@@ -121,13 +121,39 @@ class CrossAttention(nnx.Module):
         self.key_value = nnx.Linear(width, 2 * width, dtype=dtype, use_bias=False, rngs=rngs)
         self.out = _residual_linear(width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.cache: MemoryCache | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, T, D], memory [B, S, D] -> float32 [B, T, D]. mask: as bool [B, H, T, S]."""
+        """x [B, T, D], memory [B, S, D] -> float32 [B, T, D]. mask: as bool [B, H, T, S].
+
+        With a `MemoryCache` the memory is the one it was made of.
+        """
         q = _heads(self.query(x), self.num_heads)
-        k, v = (_heads(y, self.num_heads) for y in jnp.split(self.key_value(memory), 2, axis=-1))
+        if self.cache is None:
+            k, v = self.project(memory)
+        else:
+            k, v = self.cache.key[...], self.cache.value[...]
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return self.dropout(self.out(attended.reshape(x.shape)))
+
+    def project(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The memory's keys and values, each [B, S, H, D/H]."""
+        k, v = jnp.split(self.key_value(memory), 2, axis=-1)
+        return _heads(k, self.num_heads), _heads(v, self.num_heads)
+
+
+class MemoryCache(nnx.Module):
+    """Keys and values of one memory for a stack of K cross-attentions, computed once.
+
+    Args:
+        attention: the stacked module (`stack.blocks.cross_attention`); its `cache` is to be this.
+        memory: float [B, S, D].
+    """
+
+    def __init__(self, attention: CrossAttention, memory: jax.Array):
+        key, value = nnx.vmap(lambda one: one.project(memory))(attention)
+        # no nnx.Cache: unlike a `Cache` it stays the same from token to token
+        self.key, self.value = nnx.Variable(key), nnx.Variable(value)
 
 
 class MLP(nnx.Module):

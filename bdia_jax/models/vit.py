@@ -1,21 +1,23 @@
-"""ViT: the vision transformer of the paper's CIFAR experiments, as a BDIA stack."""
+"""ViT: the vision transformer of the paper's CIFAR experiments, over any stack of blocks."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.fixed_point import FixedPoint
-from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.models.blocks import Attention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
+from bdia_jax.stacked import Stack
 
 
 class ViT(nnx.Module):
     """Vision transformer with a class token and learned positions.
 
     The defaults are the paper's CIFAR model: patch 4, width 512, depth 6, 8 heads, mlp 512,
-    dropout 0.1. The plain ViT is `magnitude=0, fixed_point=None, backprop="store"`.
+    dropout 0.1. The plain ViT is
+    `stack=partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")`.
 
     Args:
         image_shape: (height, width, channels); the patch size divides the first two.
@@ -24,7 +26,10 @@ class ViT(nnx.Module):
             also follows the position embedding.
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
             and logits are float32.
-        magnitude, fixed_point, backprop: as in `bdia_jax.nnx.BDIAStack`.
+        attention: of every block, see `PreNormBlock`.
+        stack: (make_block, depth, rngs=rngs) -> what runs the blocks: `BDIAStack` or one of
+            `bdia_jax.baselines`, its options set by `functools.partial`. The last norm and
+            the head are as wide as its output (`out_features`).
         rngs: initializes parameters; seeds dropout and gamma.
 
     Raises:
@@ -43,9 +48,8 @@ class ViT(nnx.Module):
         mlp_dim: int = 512,
         dropout_rate: float = 0.1,
         dtype=jnp.float32,
-        magnitude: float = 0.5,
-        fixed_point: FixedPoint | None = FixedPoint(),
-        backprop: str = "reversible",
+        attention: Callable[..., nnx.Module] = Attention,
+        stack: Callable[..., Stack] = BDIAStack,
         rngs: nnx.Rngs,
     ):
         height, image_width, channels = image_shape
@@ -60,16 +64,12 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(rngs.params.normal((1, 1, width)))
         self.positions = nnx.Param(rngs.params.normal((1, tokens, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.stack = BDIAStack(
-            partial(_make_block, width, num_heads, mlp_dim, dropout_rate, dtype),
-            depth,
-            rngs=rngs,
-            magnitude=magnitude,
-            fixed_point=fixed_point,
-            backprop=backprop,
-        )
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+        options = {"dropout_rate": dropout_rate, "dtype": dtype, "attention": attention}
+        make_block = partial(_make_block, width, num_heads, mlp_dim, options)
+        self.stack = stack(make_block, depth, rngs=rngs)
+        features = self.stack.out_features(width)
+        self.norm = nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs)
+        self.head = nnx.Linear(features, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits, float32 [B, num_classes].
@@ -88,7 +88,5 @@ class ViT(nnx.Module):
         return self.head(self.norm(x[:, 0]))
 
 
-def _make_block(width, num_heads, mlp_dim, dropout_rate, dtype, rngs):
-    return PreNormBlock(
-        width, num_heads, mlp_dim, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs
-    )
+def _make_block(width, num_heads, mlp_dim, options, rngs):
+    return PreNormBlock(width, num_heads, mlp_dim, **options, rngs=rngs)

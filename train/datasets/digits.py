@@ -7,7 +7,11 @@ from sklearn.datasets import load_digits
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 images of 8 x 8 pixels, 16 grey levels; every fifth one is for validation."""
+    """1,797 images of 8 x 8 pixels, 16 grey levels; every fifth one is for validation.
+
+    Source: https://archive.ics.uci.edu/dataset/80, its test part, which comes with scikit-learn.
+    Licence: CC BY 4.0.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -1,0 +1,136 @@
+"""GPT-2: the causal language model of the paper's OpenWebText experiment, as a BDIA stack."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
+from bdia_jax.nnx import BDIAStack
+
+_STD = 0.02
+
+
+class GPT2(nnx.Module):
+    """Causal transformer over tokens; the token embedding is also the output projection.
+
+    The defaults are the 124M model: LayerNorm epsilon 1e-5, biases everywhere, GELU by tanh.
+    Weights start as N(0, 0.02), those of the projections that end a residual branch as
+    N(0, 0.02 / sqrt(2 depth)).
+
+    Args:
+        vocab_size: V.
+        max_len: most positions, learned ones.
+        width, depth, num_heads, mlp_dim: the architecture.
+        dropout_rate: of the embeddings, the attention's output and in the MLP.
+        dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
+            and logits are float32.
+        stack: (make_block, depth, rngs=) -> the stack; `functools.partial(BDIAStack, ...)` sets
+            its options, magnitude=0, fixed_point=None, backprop="store" for the plain GPT-2.
+        rngs: initializes parameters; seeds dropout and gamma.
+
+    Raises:
+        ValueError: heads that do not divide width.
+
+    Example:
+        >>> model = GPT2(50, 16, width=8, depth=2, num_heads=2, mlp_dim=32, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((3, 5), jnp.int32)).shape
+        (3, 5, 50)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        max_len: int = 1024,
+        *,
+        width: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_dim: int = 3072,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        stack: Callable[..., BDIAStack] = BDIAStack,
+        rngs: nnx.Rngs,
+    ):
+        self.max_len = max_len
+        self.dtype = dtype
+        normal = nnx.initializers.normal(_STD)
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
+        self.positions = nnx.Param(normal(rngs.params(), (max_len, width)))
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        init = {
+            "kernel_init": normal,
+            "out_init": nnx.initializers.normal(_STD / math.sqrt(2 * depth)),
+        }
+
+        def make_block(rngs):
+            return PreNormBlock(
+                width,
+                num_heads,
+                mlp_dim,
+                dropout_rate=dropout_rate,
+                dtype=dtype,
+                attention=partial(Attention, qkv_bias=True, is_causal=True, **init),
+                mlp=partial(MLP, activation=jax.nn.gelu, **init),
+                rngs=rngs,
+            )
+
+        self.stack = stack(make_block, depth, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Logits of the next token, float32 [B, T, V].
+
+        Args:
+            tokens: int32 [B, T]. An id outside the vocabulary cannot raise under jit; it makes
+                the logits of its sequence NaN.
+            positions: int32, broadcastable to [B, T]; 0 .. T-1 by default. Packed documents
+                each start at 0 again.
+            mask: bool, broadcastable to [B, 1, T, T], True = see; tokens never see later ones
+                whatever it says. Packed documents do not see each other.
+            rngs: streams "dropout" and "gamma" for this call, in place of the model's own.
+
+        Raises:
+            ValueError: T greater than max_len.
+        """
+        return self.logits(self.features(tokens, positions=positions, mask=mask, rngs=rngs))
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """What the logits are made of, float32 [B, T, D]. Args: as in a call."""
+        length = tokens.shape[1]
+        if length > self.max_len:
+            raise ValueError(
+                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
+                "shorten them or make the model with a greater max_len"
+            )
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        x = _rows(self.embedding[...], tokens) + _rows(self.positions[...], positions)
+        return self.norm(self.stack(self.dropout(x, rngs=rngs), mask, rngs=rngs))
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """float32 [B, T, D] -> float32 [B, T, V]."""
+        table = self.embedding[...].astype(self.dtype)
+        return jnp.matmul(features.astype(self.dtype), table.T, preferred_element_type=jnp.float32)
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index], NaN for an index outside, negative ones too."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

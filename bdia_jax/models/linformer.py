@@ -1,0 +1,71 @@
+"""LinformerAttention: self-attention whose cost is linear in the number of tokens."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.models.blocks import Attention
+
+
+class LinformerAttention(Attention):
+    """Attention to k mixtures of the tokens in place of all T (arXiv 2006.04768, eq. 7).
+
+    softmax(Q (E K)^T / sqrt(d)) (F V), where learned matrices E and F [k, T] mix keys and
+    values along the tokens. As in github.com/lucidrains/linformer, a block has one E and one
+    F, shared by its heads and not by other blocks, uniform in +-1/sqrt(k) at first.
+
+    Args:
+        num_tokens: T, fixed by the shape of E and F; a ViT has one more than patches.
+        projected: k.
+        Others as in `Attention`.
+
+    Example:
+        >>> from functools import partial
+        >>> from bdia_jax.models.vit import ViT
+        >>> attention = partial(LinformerAttention, num_tokens=65, projected=16)
+        >>> model = ViT(width=16, num_heads=2, mlp_dim=16, attention=attention, rngs=nnx.Rngs(0))
+        >>> model(jnp.ones((2, 32, 32, 3))).shape
+        (2, 10)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        num_tokens: int,
+        projected: int,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(width, num_heads, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
+        bound = 1 / math.sqrt(projected)
+        shape = (projected, num_tokens)
+        self.project_keys = nnx.Param(rngs.params.uniform(shape, minval=-bound, maxval=bound))
+        self.project_values = nnx.Param(rngs.params.uniform(shape, minval=-bound, maxval=bound))
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, D].
+
+        Raises:
+            ValueError: another T than num_tokens, or a mask: mixtures of tokens have none.
+        """
+        num_tokens = self.project_keys.shape[1]
+        if x.shape[1] != num_tokens:
+            raise ValueError(f"x has shape {x.shape}, expected num_tokens = {num_tokens} tokens")
+        if mask is not None:
+            raise ValueError("mask given, but tokens are mixed before attention; use Attention")
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        k = _mix_tokens(self.project_keys[...], k)
+        v = _mix_tokens(self.project_values[...], v)
+        q, k, v = (y.reshape(*y.shape[:-1], self.num_heads, -1) for y in (q, k, v))
+        attended = jax.nn.dot_product_attention(q, k, v)
+        return self.dropout(self.out(attended.reshape(x.shape)))
+
+
+def _mix_tokens(matrix: jax.Array, y: jax.Array) -> jax.Array:
+    """[k, T] and [B, T, D] -> [B, k, D]."""
+    return jnp.einsum("kt,btd->bkd", matrix.astype(y.dtype), y)

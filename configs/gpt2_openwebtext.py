@@ -1,0 +1,61 @@
+"""GPT-2 and BDIA-GPT2 on a small sample of OpenWebText: Fig. 5 of arXiv 2407.09093.
+
+    python -m train.sweep --config=configs/gpt2_openwebtext.py
+    python -m train.report runs/gpt2_openwebtext
+
+The paper shows training and validation loss of nanoGPT's 124M model on little data: plain GPT-2
+over-fits, BDIA-GPT2 far less. Layout and optimizer are nanoGPT's (AdamW, b2 0.95, decay 0.1, peak
+6e-4, cosine, clipping 1). `:small` is a CPU's share of it: four blocks of width 128 on bytes of
+Python's language reference, which needs no data.
+
+The data: `python -m train.prepare openwebtext_sample --from openwebtext.jsonl`. Tokens: GPT-2's, by
+tiktoken.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+RUNS = {"bdia": common.BDIA, "plain": common.PLAIN}
+PAPER: dict[str, float] = {}
+METRIC = "loss"
+_BYTES = {"dataset": "pydoc", "input": {"tokenizer": "bytes", "length": 128}}
+SCALES = {
+    "smoke": _BYTES
+    | {
+        "model": {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32},
+        **{"train_split": "train[:3]", "eval_split": "validation[:1]"},
+        **{"batch_size": 8, "num_steps": 4, "warmup_steps": 1},
+        **{"log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4},
+    },
+    "small": _BYTES
+    | {
+        "model": {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 512},
+        **{"train_split": "train[:15%]", "learning_rate": 1e-3, "batch_size": 16},
+        **{"num_steps": 2000, "warmup_steps": 100},
+        **{"log_every_steps": 50, "eval_every_steps": 200, "checkpoint_every_steps": 1000},
+    },
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = common.defaults()
+    config.dataset = "openwebtext_sample"
+    config.input = {"tokenizer": "gpt2", "length": 1024}
+    config.model = {
+        **{"name": "gpt2", "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+        **{"dropout_rate": 0.0, "dtype": "bfloat16"},
+    }
+    config.optimizer = "adamw"
+    config.b2 = 0.95
+    config.weight_decay = 0.1
+    config.grad_clip_norm = 1.0
+    config.schedule = "cosine"
+    config.learning_rate = 6e-4
+    config.warmup_steps = 100
+    config.batch_size = 32
+    config.num_steps = 2_000
+    config.log_every_steps = 20
+    config.eval_every_steps = 100
+    config.checkpoint_every_steps = 500
+    return common.choose(config, arg, RUNS, SCALES)

@@ -1,0 +1,380 @@
+"""Builders of our own: bundled sets, numbers in words, splits, archives, and the registry."""
+
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from train.datasets.archive import read_files
+from train.datasets.cifar import Cifar10, Cifar100, load_arrays
+from train.datasets.hash_split import bucket
+from train.datasets.kaggle_enfr import KaggleEnfr, split_key
+from train.datasets.numbers_enfr import english, french
+from train.datasets.openwebtext_sample import OpenwebtextSample
+from train.datasets.pydoc import Pydoc
+from train.datasets.registry import BUNDLED, LOCAL, footnote, open_builder
+from train.datasets.text_file import read_csv
+from train.datasets.write import write
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def read(builder, split):
+    return [
+        {key: value.decode() for key, value in example.items()}
+        for example in builder.as_data_source(split)
+    ]
+
+
+# number, English, French: the places where French and English spelling turn
+SPELLING = [
+    (0, "zero", "zéro"),
+    (16, "sixteen", "seize"),
+    (17, "seventeen", "dix-sept"),
+    (20, "twenty", "vingt"),
+    (21, "twenty-one", "vingt et un"),
+    (22, "twenty-two", "vingt-deux"),
+    (61, "sixty-one", "soixante et un"),
+    (70, "seventy", "soixante-dix"),
+    (71, "seventy-one", "soixante et onze"),
+    (72, "seventy-two", "soixante-douze"),
+    (77, "seventy-seven", "soixante-dix-sept"),
+    (80, "eighty", "quatre-vingts"),
+    (81, "eighty-one", "quatre-vingt-un"),
+    (90, "ninety", "quatre-vingt-dix"),
+    (91, "ninety-one", "quatre-vingt-onze"),
+    (99, "ninety-nine", "quatre-vingt-dix-neuf"),
+    (100, "one hundred", "cent"),
+    (101, "one hundred and one", "cent un"),
+    (121, "one hundred and twenty-one", "cent vingt et un"),
+    (180, "one hundred and eighty", "cent quatre-vingts"),
+    (200, "two hundred", "deux cents"),
+    (201, "two hundred and one", "deux cent un"),
+    (580, "five hundred and eighty", "cinq cent quatre-vingts"),
+    (1000, "one thousand", "mille"),
+    (1001, "one thousand and one", "mille un"),
+    (1100, "one thousand one hundred", "mille cent"),
+    (2000, "two thousand", "deux mille"),
+    (2071, "two thousand and seventy-one", "deux mille soixante et onze"),
+    (4200, "four thousand two hundred", "quatre mille deux cents"),
+    (
+        9999,
+        "nine thousand nine hundred and ninety-nine",
+        "neuf mille neuf cent quatre-vingt-dix-neuf",
+    ),
+]
+
+
+@pytest.mark.parametrize("number, in_english, in_french", SPELLING)
+def test_numbers_in_words(number, in_english, in_french):
+    assert english(number) == in_english
+    assert french(number) == in_french
+
+
+def test_every_number_has_its_own_words():
+    for spell in (english, french):
+        assert len({spell(number) for number in range(10_000)}) == 10_000
+        for bad in (-1, 10_000):
+            with pytest.raises(ValueError, match=f"number is {bad}, expected 0..9999"):
+                spell(bad)
+
+
+def test_numbers_enfr_is_split_once(data_dir):
+    builder = open_builder("numbers_enfr", data_dir)
+    splits = {split: read(builder, split) for split in ("train", "validation", "test")}
+    pairs = Counter((e["english"], e["french"]) for part in splits.values() for e in part)
+    assert pairs == Counter((english(n), french(n)) for n in range(10_000))
+    assert 400 < len(splits["validation"]) < 600 and 400 < len(splits["test"]) < 600
+    assert "tensorflow" not in sys.modules and footnote(builder) is None
+
+
+def test_pydoc_is_the_language_reference(data_dir):
+    from pydoc_data.topics import topics
+
+    builder = open_builder("pydoc", data_dir)
+    train, validation = ([e["text"] for e in read(builder, s)] for s in ("train", "validation"))
+    assert sorted(train + validation) == sorted(topics.values())
+    assert sorted(validation) == sorted(topics[name] for name in sorted(topics)[9::10])
+    assert open_builder("pydoc", data_dir).is_prepared()  # the second time from disk
+
+
+@pytest.mark.parametrize("other_finishes", [True, False])
+def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch, other_finishes):
+    def overtaken(builder):
+        if other_finishes:
+            write(Pydoc(data_dir=str(tmp_path), file_format="array_record"))
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr("train.datasets.registry.write", overtaken)
+    if other_finishes:
+        assert len(open_builder("pydoc", str(tmp_path)).as_data_source("validation")) > 0
+    else:
+        with pytest.raises(OSError, match="Directory not empty"):
+            open_builder("pydoc", str(tmp_path))
+
+
+def test_every_builder_says_what_it_is():
+    for builder in [*BUNDLED.values(), *LOCAL.values()]:
+        assert "Source: " in builder.__doc__ and "Licence: " in builder.__doc__, builder
+    assert [builder.name for builder in LOCAL.values()] == list(LOCAL)
+    assert [builder.name for builder in BUNDLED.values()] == list(BUNDLED)
+
+
+def csv_of(rows):
+    lines = ["English words/sentences,French words/sentences", *(f"{e},{f}" for e, f in rows)]
+    return {"eng_-french.csv": "\r\n".join(lines).encode()}
+
+
+def test_an_english_sentence_is_in_one_split():
+    # each English side twice, and once with other punctuation
+    rows = [(f"Give me {n}{end}", f"{n} {end}") for n in range(500) for end in (".", "!", "?")]
+    splits = KaggleEnfr.parse(csv_of(rows + rows))
+    keys = {name: {split_key(e["english"]) for e in part} for name, part in splits.items()}
+    assert sum(len(part) for part in splits.values()) == 3_000
+    assert sum(len(part) for part in keys.values()) == len(set.union(*keys.values())) == 500
+    assert 5 <= len(keys["validation"]) <= 20 and 5 <= len(keys["test"]) <= 20
+    # a split by the text as it stands would have put some of these on both sides
+    raw = {e: bucket(e, 50) for e, _ in rows}
+    assert any(raw[f"Give me {n}."] >= 48 > raw[f"Give me {n}!"] for n in range(500))
+
+
+def test_split_key_keeps_letters_of_any_script():
+    assert split_key("Don't RUN!") == split_key("dont run") == "dontrun"
+    assert split_key("...") == "..." and split_key("Ça") == "ça"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"en,fr\r\nHi,Salut\r\n", r"f.csv: columns are \['en', 'fr'\], expected \['a', 'b'\]"),
+        (b"<!DOCTYPE html>\n", r"f.csv: columns are \['<!DOCTYPE html>'\], expected"),
+        (b"", r"f.csv: columns are \[\], expected"),
+        (b"a,b\r\nHi,Salut\r\nRun\r\n", r"f.csv, line 3: 1 columns \['Run'\], expected 2"),
+        (b"a,b\r\nHi,\r\n", r"f.csv, line 2: 2 columns \['Hi', ''\], .* none of them empty"),
+        (b'a,b\r\nHi,"Salut', r"f.csv, line 2: unexpected end of data"),
+        (b"a,b\r\nHi,Fran\xe7ais\r\n", r"f.csv, line 2: not UTF-8 text"),
+    ],
+)
+def test_bad_csv_names_the_line(content, message):
+    with pytest.raises(ValueError, match=message):
+        read_csv("f.csv", content, ["a", "b"])
+
+
+def test_good_csv_may_quote_and_have_a_byte_order_mark():
+    content = '\ufeffa,b\n"x, y","1\n2"\n'.encode()
+    assert read_csv("f.csv", content, ["a", "b"]) == [["x, y", "1\n2"]]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "cut of', "line 2: not JSON"),
+        ('{"body": "x"}', 'line 2: expected an object with a string "text"'),
+        ('["text"]', 'line 2: expected an object with a string "text"'),
+        ('{"text": 3}', 'line 2: expected an object with a string "text"'),
+        ('{"text": "\\ud800"}', "line 2: .*surrogates not allowed"),
+    ],
+)
+def test_bad_jsonl_names_the_line(line, message):
+    with pytest.raises(ValueError, match=message):
+        OpenwebtextSample.parse({"f.jsonl": f'{{"text": "fine"}}\n{line}\n'.encode()})
+
+
+def test_jsonl_documents_keep_unusual_line_ends():
+    splits = OpenwebtextSample.parse({"f.jsonl": '{"text": "a\u2028b", "id": 1}\n\n'.encode()})
+    assert [e["text"] for part in splits.values() for e in part] == ["a\u2028b"]
+
+
+def tar_of(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name, content in files.items():
+            zipped.writestr(name, content)
+    return buffer.getvalue()
+
+
+# incompressible, so that cutting a file cuts its content
+NOISE = np.random.default_rng(0).bytes(5000)
+TWO = {"folder/a.csv": NOISE, "folder/deep/b.csv": b"b", "README": b"r"}
+COMPRESSORS = [bytes, gzip.compress, lzma.compress, bz2.compress]
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+def test_files_come_out_of_any_archive(tmp_path, pack, compress):
+    path = tmp_path / "download"
+    path.write_bytes(compress(pack(TWO)))
+    found = read_files(path, ["b.csv", "a.csv"])
+    assert list(found.items()) == [("b.csv", b"b"), ("a.csv", NOISE)]
+    path.write_bytes(compress(pack(TWO))[:3000])
+    with pytest.raises(ValueError, match="download is truncated or damaged, download it again"):
+        read_files(path, ["b.csv", "a.csv"])
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_a_lone_file_comes_under_any_name(tmp_path, compress):
+    for path, content in [("x.csv", compress(NOISE)), ("x.zip", zip_of({"other.csv": NOISE}))]:
+        (tmp_path / path).write_bytes(content)
+        assert read_files(tmp_path / path, ["a.csv"]) == {"a.csv": NOISE}
+
+
+def test_files_come_out_of_a_folder(tmp_path):
+    for name, content in TWO.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert read_files(tmp_path, ["a.csv", "b.csv"]) == {"a.csv": NOISE, "b.csv": b"b"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "x is empty"),
+        (b"mr,ref\n", "neither a tar or zip archive nor a folder; .* holds a.csv, b.csv"),
+        (zip_of({"c.csv": b"", "a.csv": b""}), "no files for b.csv, expected one; .* a.csv, c.csv"),
+        (tar_of({"1/b.csv": b"", "2/b.csv": b"", "a.csv": b""}), "2 files for b.csv, expected one"),
+    ],
+)
+def test_wrong_archive_says_what_it_holds(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_files(tmp_path / "x", ["a.csv", "b.csv"])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        read_files(tmp_path / "nothing", ["a.csv"])
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes str and bytes as Python 2 wrote its strings, as in the Toronto files."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, text):
+        data = text if isinstance(text, bytes) else text.encode("latin1")
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def python2_pickle(value):
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+@pytest.mark.parametrize("dump", [python2_pickle, lambda value: pickle.dumps(value, protocol=2)])
+def test_cifar_pickles_are_read(dump):
+    data = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    batch = load_arrays("batch", dump({b"data": data, b"labels": [3, 9], b"filenames": [b"x"]}))
+    assert batch["data"].dtype == np.uint8 and (batch["data"] == data).all()
+    assert batch["labels"] == [3, 9] and batch["filenames"] == [b"x"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_cifar_pickles_run_no_code(capsys, protocol):
+    content = pickle.dumps({"data": Evil()}, protocol=protocol)
+    with pytest.raises(ValueError, match=r"batch is not a batch .* builtins.print"):
+        load_arrays("batch", content.replace(b"__builtin__", b"builtins"))
+    assert capsys.readouterr().out == ""
+    pickle.loads(content)  # control: it would have
+    assert capsys.readouterr().out == "this ran\n"
+
+
+def cifar_files(**changed):
+    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 9], **changed}
+    meta = {"label_names": [str(n) for n in range(10)]}
+    files = {name: pickle.dumps(batch, protocol=2) for name in Cifar10.KNOWN.files}
+    return files | {"batches.meta": pickle.dumps(meta, protocol=2)}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"data": [1, 2]}, "data_batch_1 has no uint8 array 'data'; its keys are"),
+        ({"data": np.zeros((2, 3072))}, "data_batch_1 has no uint8 array 'data'"),
+        ({"data": np.zeros((2, 100), np.uint8)}, r"shape \(2, 100\), expected \[N, 3072\]"),
+        ({"labels": [0]}, "data_batch_1 has 1 labels for 2 images"),
+        ({"labels": [0, 10]}, r"labels are not all in 0\.\.9"),
+        ({"labels": None}, "data_batch_1 has no list 'labels'; its keys are"),
+    ],
+)
+def test_bad_cifar_batch(changed, message):
+    assert len(Cifar10.parse(cifar_files())["train"]) == 10
+    with pytest.raises(ValueError, match=message):
+        Cifar10.parse(cifar_files(**changed))
+
+
+def test_bad_cifar_names_and_damaged_pickles():
+    with pytest.raises(ValueError, match=r"label_names are \['cat'\], expected 10 different"):
+        Cifar10.label_names({"batches.meta": pickle.dumps({"label_names": ["cat"]})})
+    for content in (b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"data": 1})[:-3]):
+        with pytest.raises(ValueError, match="test_batch is not a batch of CIFAR images"):
+            load_arrays("test_batch", content)
+
+
+@pytest.mark.parametrize("ours", [Cifar10, Cifar100])
+def test_cifar_has_the_layout_of_the_stock_builder(tmp_path, ours):
+    stock = tfds.builder(ours.name, data_dir=str(tmp_path), file_format="array_record")
+    builder = ours(data_dir=str(tmp_path), file_format="array_record")
+    assert type(stock) is not ours  # the stock one is what tfds.builder finds
+    assert builder.data_dir == stock.data_dir
+    features = builder.info.features
+    assert list(features) == list(stock.info.features)
+    for name, feature in stock.info.features.items():
+        assert type(features[name]) is type(feature)
+        assert features[name].get_tensor_info() == feature.get_tensor_info()
+    assert features["label"].num_classes == stock.info.features["label"].num_classes
+
+
+@pytest.mark.parametrize("name", ["kaggle_enfr", "openwebtext_sample", "e2e"])
+def test_unprepared_local_set_names_the_command(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        open_builder(name, str(tmp_path))
+    message = str(error.value)
+    assert f"python -m train.prepare {name} --from FILE --data_dir={tmp_path}\n" in message
+    assert LOCAL[name].KNOWN.url in message and "tfds build" not in message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
+def test_unprepared_stock_set_names_the_command(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        open_builder(name, str(tmp_path))
+    message = str(error.value)
+    assert f"tfds build {name} --file_format=array_record --data_dir={tmp_path}\n" in message
+    assert (f"python -m train.prepare {name} --from FILE" in message) == (name != "mnist")
+
+
+def test_unknown_set_lists_the_choices(tmp_path):
+    choices = "digits, pydoc, numbers_enfr, kaggle_enfr, openwebtext_sample, e2e, cifar10, cifar100"
+    with pytest.raises(ValueError, match=f"dataset is 'no_such_set', expected one of {choices}"):
+        open_builder("no_such_set", str(tmp_path))

@@ -1,0 +1,125 @@
+"""Image classification: small image sets, kept on the device as uint8, augmented there."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from bdia_jax.models.linformer import LinformerAttention
+from bdia_jax.models.resnet import ResNet
+from bdia_jax.models.vit import ViT
+from train.augment import augment
+from train.config import Config, ImageInput, ResNetConfig
+from train.datasets.registry import open_split
+from train.evaluation import group_totals
+from train.task import Metrics, Task
+
+
+class Images(NamedTuple):
+    """images: uint8 [N, height, width, channels]; labels: int32 [N]."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+def load(config: Config) -> Task:
+    """The task of a config whose input is an `ImageInput`."""
+    assert isinstance(config.input, ImageInput)
+    train, num_classes = load_images(config.dataset, config.train_split, config.data_dir)
+    held_out, _ = load_images(config.dataset, config.eval_split, config.data_dir)
+    options = config.input
+
+    def prepare(key: jax.Array, batch: Images) -> Images:
+        images = augment(
+            key,
+            batch.images,
+            rand_augment_ops=options.rand_augment_ops,
+            rand_augment_magnitude=options.rand_augment_magnitude,
+            crop_padding=options.crop_padding,
+            flip=options.flip,
+        )
+        return batch._replace(images=images)
+
+    def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
+        """Accuracy with each constant gamma at inference (Fig. 1), if others than 0 are asked."""
+        del workdir
+        gammas = options.inference_gammas
+        if gammas in ((), (0.0,)):
+            return {}
+        return {
+            f"accuracy_gamma_{gamma}": [
+                _accuracy(model, gamma, held_out, config.batch_size) for model in models
+            ]
+            for gamma in gammas
+        }
+
+    return Task(
+        (train,),
+        (held_out,),
+        partial(_make_model, config, train.images.shape[1:], num_classes),
+        prepare,
+        _metrics,
+        f"{len(train.images):,} images of {config.dataset}",
+        finish,
+    )
+
+
+def load_images(name: str, split: str, data_dir: str = "") -> tuple[Images, int]:
+    """A whole split of an image classification set, and its number of classes.
+
+    Args:
+        name: a data set with features "image" (all of one shape) and "label".
+        split: a TFDS split, slices such as "train[:90%]" included.
+        data_dir: where TFDS keeps its data; "" for its default.
+
+    Raises:
+        FileNotFoundError, ValueError: as `train.datasets.registry.open_split`.
+    """
+    source, builder = open_split(name, split, data_dir)
+    examples = [(example["image"], example["label"]) for example in source]
+    images = np.stack([image for image, _ in examples])
+    labels = np.asarray([label for _, label in examples], np.int32)
+    num_classes = builder.info.features["label"].num_classes
+    return Images(jnp.asarray(images), jnp.asarray(labels)), num_classes
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 0..255 to float32 -1..1."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
+    arguments: dict[str, Any] = config.model_arguments
+    if isinstance(config.model, ResNetConfig):
+        return ResNet(image_shape, num_classes, **arguments, rngs=rngs)
+    linformer_dim = arguments.pop("linformer_dim")
+    if linformer_dim:
+        tokens = image_shape[0] * image_shape[1] // config.model.patch_size**2 + 1
+        arguments["attention"] = partial(
+            LinformerAttention, num_tokens=tokens, projected=linformer_dim
+        )
+    return ViT(image_shape, num_classes, **arguments, rngs=rngs)
+
+
+def _metrics(model: Any, batch: Images, rngs: nnx.Rngs | None) -> Metrics:
+    logits = model(normalize(batch.images), rngs=rngs)
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    correct = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
+    return {"loss": (loss, jnp.ones_like(loss)), "accuracy": (correct, jnp.ones_like(loss))}
+
+
+def _accuracy(model: Any, gamma: float, images: Images, batch_size: int) -> float:
+    model.stack.inference_gamma = gamma
+    correct = _correct(*nnx.split(model), images, batch_size)
+    model.stack.inference_gamma = 0.0
+    return float(correct) / len(images.labels)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _correct(graphdef, state, images, batch_size):
+    return group_totals(nnx.merge(graphdef, state), _metrics, images, batch_size)["accuracy"][0]

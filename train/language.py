@@ -1,0 +1,76 @@
+"""Language modelling on packed documents."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bdia_jax.generate import generate
+from bdia_jax.models.gpt2 import GPT2
+from train.config import Config, TextInput
+from train.task import Metrics, Task
+from train.text import attention_mask, load_text, positions, segments
+from train.tokens import Bytes, Gpt2
+
+_TOKENIZERS = {"gpt2": Gpt2, "bytes": Bytes}
+
+
+class Sequences(NamedTuple):
+    """tokens: int32 [N, length + 1], each a window of the packed documents."""
+
+    tokens: jax.Array
+
+
+def load(config: Config) -> Task:
+    """The task of a config whose input is a `TextInput`."""
+    assert isinstance(config.input, TextInput)
+    options = config.input
+    if options.tokenizer not in _TOKENIZERS:
+        raise ValueError(
+            f"input.tokenizer is {options.tokenizer!r}, expected one of {(*_TOKENIZERS,)}"
+        )
+    tokenizer = _TOKENIZERS[options.tokenizer]()
+    train, held_out = (
+        jnp.asarray(
+            load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
+        )
+        for split in (config.train_split, config.eval_split)
+    )
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        return GPT2(tokenizer.vocab_size, options.length, **config.model_arguments, rngs=rngs)
+
+    def metrics(model: Any, batch: Sequences, rngs: nnx.Rngs | None) -> Metrics:
+        """Loss in nats a token. A token sees its own document only; every token is a target."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        mask = attention_mask(segments(inputs, tokenizer.end_of_text))
+        place = positions(inputs, tokenizer.end_of_text)
+        logits = model(inputs, positions=place, mask=mask, rngs=rngs)
+        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return {"loss": (loss.sum(-1), jnp.full(len(loss), loss.shape[1], jnp.float32))}
+
+    def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
+        """Samples: the beginnings of four held-out sequences, continued by the first model."""
+        start = options.length // 4
+        prompt = held_out[:4, :start]
+        key = jax.random.key(config.seed)
+        tokens = generate(models[0], prompt, options.length - start, key=key, temperature=0.8)
+        samples = [
+            f"{tokenizer.decode(row[:start])}\n--- continued:\n{tokenizer.decode(row[start:])}\n"
+            for row in tokens.tolist()
+        ]
+        (workdir / "samples.txt").write_text("\n==========\n".join(samples))
+        return {}
+
+    return Task(
+        (Sequences(train),),
+        (Sequences(held_out),),
+        make_model,
+        lambda key, batch: batch,
+        metrics,
+        f"{len(train):,} sequences of {options.length} tokens of {config.dataset}",
+        finish,
+    )

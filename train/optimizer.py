@@ -1,0 +1,38 @@
+"""The learning-rate schedule and the optimizer of a config."""
+
+from typing import Any
+
+import optax
+
+from bdia_jax.optim import scale_by_set_adam
+from train.config import Config
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Linear warmup, then constant or cosine to zero."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.num_steps)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
+    )
+
+
+def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation:
+    """Clipping, then SET-Adam (the paper's) or Adam, decay and learning rate.
+
+    Args:
+        stacked: pytree of bools, which parameters are stacked blocks.
+    """
+    moments = scale_by_set_adam(b2=config.b2, stacked=stacked)
+    if config.optimizer == "adamw":
+        moments = optax.scale_by_adam(b2=config.b2)
+    clip = optax.identity()
+    if config.grad_clip_norm:
+        clip = optax.clip_by_global_norm(config.grad_clip_norm)
+    return optax.chain(
+        clip,
+        moments,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(make_schedule(config)),
+    )

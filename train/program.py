@@ -1,0 +1,171 @@
+"""The compiled program of a run: initial state, training steps, evaluation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bdia_jax.nnx import stacked_params
+from train.batches import Batches
+from train.config import Config
+from train.evaluation import group_totals
+from train.optimizer import make_optimizer, make_schedule
+from train.task import Task, group_size
+
+State = dict[str, Any]
+
+
+class Program(NamedTuple):
+    """What a run executes. With num_seeds > 1 every state and metric has that leading axis.
+
+    init: () -> State: "step" int32 [], "seed" int32, "params", "stats" (batch statistics),
+        "opt_state".
+    train_steps: jitted (state, groups, count) -> (state, metrics averaged over `count` steps);
+        the state is donated.
+    evaluate: jitted (state, groups) -> metrics.
+    models: state -> the trained models, one a seed, in evaluation mode.
+    steps_per_epoch: batches in an epoch.
+    """
+
+    init: Callable[[], State]
+    train_steps: Any
+    evaluate: Any
+    models: Callable[[State], list[nnx.Module]]
+    steps_per_epoch: int
+
+
+def make_program(config: Config, task: Task) -> Program:
+    """Traces what a run needs; nothing is compiled yet, and no parameter made."""
+    sizes = [group_size(group) for group in task.train_groups]
+    batches = Batches(sizes, config.batch_size)
+    schedule = make_schedule(config)
+    abstract = nnx.eval_shape(lambda: task.make_model(nnx.Rngs(0)))
+    graphdef, *_ = _split(abstract)
+    tx = make_optimizer(config, nnx.to_pure_dict(stacked_params(abstract)))
+
+    def keys(seed: jax.Array):
+        """Keys of initialization, of the order of examples, and of what a step draws."""
+        return jax.random.split(jax.random.key(seed), 3)
+
+    def init(seed: jax.Array) -> State:
+        _, params, stats, _ = _split(task.make_model(nnx.Rngs(keys(seed)[0])))
+        params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        return {"seed": seed, "params": params, "stats": stats, "opt_state": tx.init(params)}
+
+    # every call brings its own random streams; these keys only complete the model
+    rng_state = jax.jit(lambda: _split(task.make_model(nnx.Rngs(0)))[3])()
+
+    def merge(params: Any, stats: Any) -> Any:
+        return nnx.merge(graphdef, params, stats, rng_state)
+
+    def gradient_of(group: int):
+        def gradient(state: State, examples: Any, epoch, position, key):
+            _, data_key, _ = keys(state["seed"])
+            index = batches.examples(data_key, group, epoch, position)
+            prepare_key, model_key = jax.random.split(key)
+            batch = jax.tree.map(lambda array: array[index], examples[group])
+            batch = task.prepare(prepare_key, batch)
+
+            def loss_fn(params):
+                model = merge(params, state["stats"])
+                model.train()
+                metrics = _ratios(task.metrics(model, batch, nnx.Rngs(model_key)))
+                stats = nnx.to_pure_dict(_split(model)[2])
+                return metrics["loss"], (metrics, stats)
+
+            grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state["params"])
+            return grads, metrics, stats
+
+        return gradient
+
+    branches = [gradient_of(group) for group in range(len(sizes))]
+
+    def train_step(state: State, step: jax.Array, examples: Any):
+        epoch, group, position = batches.locate(step)
+        key = jax.random.fold_in(keys(state["seed"])[2], step)
+        operands = (state, examples, epoch, position, key)
+        if len(branches) == 1:
+            grads, metrics, stats = branches[0](*operands)
+        else:
+            grads, metrics, stats = jax.lax.switch(group, branches, *operands)
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
+        state = state | {"params": params, "stats": stats, "opt_state": opt_state}
+        return state, metrics
+
+    def train_steps(state: State, examples: Any, count: jax.Array):
+        """`count` steps in one dispatch; one program for every count."""
+        step, state = state["step"], {k: v for k, v in state.items() if k != "step"}
+        body = over_seeds(train_step, (0, None, None))
+        shapes = jax.eval_shape(body, state, step, examples)[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def one(index, carry):
+            state, sums = carry
+            state, metrics = body(state, step + index, examples)
+            return state, jax.tree.map(jnp.add, sums, metrics)
+
+        state, sums = jax.lax.fori_loop(0, count, one, (state, zeros))
+        return state | {"step": step + count}, jax.tree.map(lambda sum: sum / count, sums)
+
+    def evaluate_one(params: Any, stats: Any, examples: Any):
+        model = merge(params, stats)
+        model.eval()
+        totals = [group_totals(model, task.metrics, group, config.batch_size) for group in examples]
+        totals = jax.tree.map(lambda *parts: sum(parts), *totals)
+        return {name: total / weight for name, (total, weight) in totals.items()}
+
+    def over_seeds(function, in_axes):
+        return function if config.num_seeds == 1 else jax.vmap(function, in_axes=in_axes)
+
+    def init_all() -> State:
+        seeds = config.seed + jnp.arange(config.num_seeds, dtype=jnp.int32)
+        seeds = seeds[0] if config.num_seeds == 1 else seeds
+        return jax.jit(over_seeds(init, 0))(seeds) | {"step": jnp.zeros([], jnp.int32)}
+
+    def evaluate(state: State, examples: Any):
+        return over_seeds(evaluate_one, (0, 0, None))(state["params"], state["stats"], examples)
+
+    def models(state: State) -> list[Any]:
+        values = state["params"], state["stats"]
+        one_each = [values]
+        if config.num_seeds > 1:
+            one_each = [
+                jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
+                for seed in range(config.num_seeds)
+            ]
+        merged = [merge(*each) for each in one_each]
+        for model in merged:
+            model.eval()
+        return merged
+
+    jitted = jax.jit(train_steps, donate_argnums=0)
+    return Program(init_all, jitted, jax.jit(evaluate), models, batches.steps_per_epoch)
+
+
+def compile_steps(program: Program, task: Task) -> jax.stages.Compiled:
+    """The compiled `train_steps`, for any count."""
+    operands = (jax.eval_shape(program.init), task.train_groups, jnp.ones([], jnp.int32))
+    return program.train_steps.lower(*operands).compile()
+
+
+def planned_memory(compiled: Any):
+    """What the compiler has planned: temporaries, arguments, results, in bytes."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError(f"{jax.default_backend()} reports no memory analysis")
+    return analysis
+
+
+def _split(model: nnx.Module):
+    """(graphdef, parameters, statistics, random state)."""
+    graphdef, params, rng_state, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    return graphdef, params, stats, rng_state
+
+
+def _ratios(metrics) -> dict[str, jax.Array]:
+    return {name: jnp.sum(total) / jnp.sum(weight) for name, (total, weight) in metrics.items()}

@@ -1,0 +1,249 @@
+"""Tables and figures of finished sweeps: python -m train.report runs/vit_digits [--out DIR]
+
+For each workdir of `train.sweep`: NAME.md and NAME.csv, the paper's number next to ours; NAME.png,
+the training and validation curves; NAME.json, all of it with device, versions, date, command.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from train.log import read_records
+from train.sweep import load_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One system of an experiment, as its workdir tells it.
+
+    final: metric -> a value a seed, from the last evaluation and from what followed it.
+    curves: "train" and "eval" -> metric -> (steps, mean, standard deviation over seeds).
+    """
+
+    name: str
+    paper: float | None
+    steps: int
+    num_steps: int
+    epochs: float
+    seconds_per_epoch: float
+    temp_bytes: int
+    final: dict[str, list[float]]
+    curves: dict[str, dict[str, tuple[list[int], list[float], list[float]]]]
+    origin: dict[str, Any]
+
+
+def read_sweep(workdir: Path) -> tuple[Any, dict[str, str], list[Run]]:
+    """(the experiment's module, experiment.json, its runs that have been evaluated).
+
+    Raises:
+        ValueError: not the workdir of a sweep, or nothing in it to report yet.
+    """
+    file = workdir / "experiment.json"
+    if not file.exists():
+        raise ValueError(f"{workdir} has no experiment.json; it is not made by train.sweep")
+    about = json.loads(file.read_text())
+    module = load_experiment(about["config"])
+    paper = {} if about["scale"] else module.PAPER  # its numbers are of its sizes
+    runs = [
+        _read_run(workdir / name, paper.get(name))
+        for name in module.RUNS
+        if any(record["kind"] == "eval" for record in read_records(workdir / name))
+    ]
+    if not runs:
+        raise ValueError(f"no run in {workdir} has been evaluated yet")
+    return module, about, runs
+
+
+def _read_run(workdir: Path, paper: float | None) -> Run:
+    records = read_records(workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    of_kind = {
+        kind: [record for record in records if record["kind"] == kind]
+        for kind in ("start", "train", "eval", "final")
+    }
+    start = of_kind["start"][-1]
+    last = of_kind["eval"][-1]
+    final = {name: _seeds(last, name) for name in last if name not in ("step", "kind", "seeds")}
+    for record in of_kind["final"]:
+        final |= {name: _seeds(record, name) for name in record.get("seeds", {})}
+    speeds = [record["examples_per_second"] for record in of_kind["train"][1:]] or [float("nan")]
+    examples = start["steps_per_epoch"] * config["batch_size"] * config["num_seeds"]
+    return Run(
+        name=workdir.name,
+        paper=paper,
+        steps=last["step"],
+        num_steps=config["num_steps"],
+        epochs=last["step"] / start["steps_per_epoch"],
+        seconds_per_epoch=examples / statistics.median(speeds),
+        temp_bytes=start["temp_bytes"],
+        final=final,
+        curves={kind: _curves(of_kind[kind]) for kind in ("train", "eval")},
+        origin={name: start[name] for name in ("device", "versions", "date", "data_note")}
+        | {"command": _command(start["command"])},
+    )
+
+
+def _seeds(record: dict, name: str) -> list[float]:
+    """A metric's value for every seed."""
+    return record.get("seeds", {}).get(name, [record[name]])
+
+
+def _curves(records: list[dict]):
+    names = [n for n in ("loss", "accuracy") if records and n in records[0]]
+    return {
+        name: (
+            [record["step"] for record in records],
+            [record[name] for record in records],
+            [float(np.std(_seeds(record, name))) for record in records],
+        )
+        for name in names
+    }
+
+
+def _command(command: str) -> str:
+    """The command line without folders of the machine it ran on."""
+    words = shlex.split(command)
+    return shlex.join(w for w in words if not w.startswith(("--workdir", "--config.data_dir")))
+
+
+def rows(runs: list[Run], metric: str) -> list[dict[str, str]]:
+    """The table, a dict a run. Accuracy in %, +- the sample standard deviation over seeds."""
+    table = []
+    for run in runs:
+        row = {"run": run.name}
+        if any(other.paper is not None for other in runs):
+            row["paper"] = "" if run.paper is None else f"{run.paper:.2f}"
+        for name, values in run.final.items():
+            if not name.startswith("accuracy_gamma_"):
+                row[name] = _mean_and_std(name, values)
+        if metric == "loss":
+            row["lowest loss"] = f"{min(run.curves['eval']['loss'][1]):.4f}"
+        row["seeds"] = str(len(run.final[metric]))
+        row["epochs"] = f"{run.epochs:.1f}"
+        if run.steps < run.num_steps:
+            row["epochs"] += f" (step {run.steps} of {run.num_steps})"
+        row["s / epoch"] = f"{run.seconds_per_epoch:.1f}"
+        row["step MiB"] = f"{run.temp_bytes / 2**20:.1f}"
+        table.append(row)
+    return table
+
+
+def _mean_and_std(name: str, values: list[float]) -> str:
+    scale, digits = (100, 2) if name.startswith("accuracy") else (1, 2 if name == "bleu" else 4)
+    text = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def write_markdown(path: Path, title: str, table: list[dict[str, str]], runs: list[Run]) -> None:
+    """The table, with where its numbers come from below."""
+    header = list(table[0])
+    lines = [f"# {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row[name] for name in header) + " |" for row in table]
+    origin = runs[0].origin
+    lines += [
+        "",
+        f"{origin['device']}, {', '.join(f'{k} {v}' for k, v in origin['versions'].items())}, "
+        f"{origin['date']}. `{origin['command']}`",
+        "",
+        "± is the standard deviation over seeds, which are trained side by side: seconds and "
+        "memory are of all of them together.",
+    ]
+    notes = {run.origin["data_note"] for run in runs} - {None}
+    lines += [f"Data: {note}." for note in sorted(notes)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw(path: Path, runs: list[Run]) -> None:
+    """Training (thin) and validation curves, and accuracy against gamma at inference (Fig. 1)."""
+    metrics = list(runs[0].curves["eval"])
+    gammas = [run for run in runs if any(name.startswith("accuracy_gamma_") for name in run.final)]
+    count = len(metrics) + bool(gammas)
+    figure, axes = plt.subplots(
+        1, count, figsize=(4.6 * count, 3.4), layout="constrained", squeeze=False
+    )
+    for axis, metric in zip(axes[0], metrics, strict=False):
+        for index, run in enumerate(runs):
+            steps, mean, _ = run.curves["train"].get(metric, ([], [], []))
+            axis.plot(steps, mean, f"C{index}-", linewidth=0.7, alpha=0.6)
+            steps, mean, std = (np.asarray(v) for v in run.curves["eval"][metric])
+            axis.plot(steps, mean, f"C{index}o-", linewidth=1.6, markersize=3, label=run.name)
+            axis.fill_between(steps, mean - std, mean + std, color=f"C{index}", alpha=0.2)
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"{metric} (thin: training)")
+    for index, run in enumerate(runs):
+        if run not in gammas:
+            continue
+        points = sorted(
+            (float(name.removeprefix("accuracy_gamma_")), values)
+            for name, values in run.final.items()
+            if name.startswith("accuracy_gamma_")
+        )
+        axes[0][-1].errorbar(
+            [gamma for gamma, _ in points],
+            [100 * np.mean(values) for _, values in points],
+            [100 * np.std(values) for _, values in points],
+            color=f"C{index}",
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=run.name,
+        )
+        axes[0][-1].set_xlabel("constant gamma at inference")
+        axes[0][-1].set_ylabel("accuracy, %")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(workdir: Path, out: Path) -> str:
+    """Writes the four files of a sweep into `out`; returns the table as Markdown.
+
+    Raises:
+        ValueError: as `read_sweep`.
+    """
+    module, about, runs = read_sweep(workdir)
+    metric = getattr(module, "METRIC", "accuracy")
+    scale = f" (scale: {about['scale']})" if about["scale"] else ""
+    title = module.__doc__.splitlines()[0] + scale
+    stem = "_".join(filter(None, (Path(about["config"]).stem, about["scale"])))
+    table = rows(runs, metric)
+    out.mkdir(parents=True, exist_ok=True)
+    write_markdown(out / f"{stem}.md", title, table, runs)
+    with (out / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    draw(out / f"{stem}.png", runs)
+    document = {"title": title, **about, **runs[0].origin}
+    document |= {"results": {run.name: dataclasses.asdict(run) for run in runs}}
+    (out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    return (out / f"{stem}.md").read_text()
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    options.add_argument("workdirs", nargs="+", type=Path, help="workdirs of train.sweep")
+    options.add_argument("--out", type=Path, help="folder for the files; the workdir by default")
+    args = options.parse_args(argv)
+    for workdir in args.workdirs:
+        try:
+            print(report(workdir, args.out or workdir))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""All runs of an experiment, one after the other: python -m train.sweep --config=configs/x.py
+
+Each run has a folder of its own in the workdir and is resumed there, so an interrupted sweep
+is continued by the same command. `python -m train.report WORKDIR` makes its tables and figures.
+"""
+
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from train.config import Config
+from train.train import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "An experiment; --config.field=value changes a field of all of its runs."
+)
+_SCALE = flags.DEFINE_string("scale", "", "A smaller size of the experiment: smoke or small.")
+_RUNS = flags.DEFINE_list("runs", [], "Only these runs.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where results go; runs/NAME by default.")
+
+
+def sweep(
+    file: str,
+    workdir: str,
+    scale: str = "",
+    only: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    command: str = "",
+) -> list[str]:
+    """Trains every run of an experiment.
+
+    Args:
+        file: the experiment, a file in configs/.
+        workdir: gets experiment.json and a workdir for each run.
+        scale: "" for the paper's size.
+        only: names of runs; all by default.
+        overrides: changes of every run, {"model.width": 32}.
+        command: the command line, for the record.
+
+    Returns:
+        One line for every run that failed; the others have been trained.
+
+    Raises:
+        ValueError: an unknown run or scale, or a workdir of another experiment.
+        FileNotFoundError: the data set is not prepared.
+    """
+    experiment = load_experiment(file)
+    names = only or list(experiment.RUNS)
+    configs = {}
+    for name in names:
+        config = experiment.get_config(",".join(filter(None, (name, scale))))
+        config.update_from_flattened_dict(overrides or {})
+        configs[name] = Config.from_config_dict(config)
+    path = Path(workdir)
+    _claim(path, {"config": f"configs/{Path(file).name}", "scale": scale})
+    failures = []
+    for name, config in configs.items():
+        print(f"=== {name}", flush=True)
+        try:
+            train(config, str(path / name), command)
+        except ValueError as error:  # a loss that is not finite need not cost the other runs
+            failures.append(f"{name}: {error}")
+    return failures
+
+
+def load_experiment(file: str) -> ModuleType:
+    """A file in configs/ as a module: RUNS, PAPER, SCALES and get_config."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).exists():
+        raise ValueError(f"{file} is no experiment; expected a Python file such as configs/x.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "RUNS"):
+        raise ValueError(f"{file} has no RUNS, so there is nothing to sweep; use python -m train")
+    return module
+
+
+def _claim(path: Path, experiment: dict[str, str]) -> None:
+    """Writes experiment.json, or checks that the folder is of this experiment."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / "experiment.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        if old != experiment:
+            raise ValueError(f"{path} holds {old}, not {experiment}; take another --workdir")
+    elif any(path.iterdir()):
+        raise ValueError(f"{path} has files but no experiment.json; take another --workdir")
+    else:
+        file.write_text(json.dumps(experiment) + "\n")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options look like --runs=plain")
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    default = "_".join(filter(None, (Path(file).stem, _SCALE.value)))
+    workdir = _WORKDIR.value or f"runs/{default}"
+    command = shlex.join(["python", "-m", "train.sweep", *sys.argv[1:]])
+    try:
+        failures = sweep(file, workdir, _SCALE.value, _RUNS.value, overrides, command)
+    except (ValueError, FileNotFoundError) as error:
+        if type(error) not in (ValueError, FileNotFoundError):
+            raise
+        sys.exit(f"error: {error}")
+    if failures:
+        sys.exit("error: " + "\n".join(failures))
+    print(f"tables and figures: python -m train.report {workdir}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

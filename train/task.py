@@ -1,0 +1,41 @@
+"""What the training program needs to know of a task: examples, model, loss."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+Arrays = Any  # a pytree of arrays with a common leading axis: the examples of a group
+
+# name -> (sum, weight), each float32 [B]: the metric is sum of sums over sum of weights
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+MetricsFn = Callable[[Any, Arrays, nnx.Rngs | None], Metrics]
+
+
+class Task(NamedTuple):
+    """A task, as `train.images`, `train.language` and `train.translation` load it.
+
+    train_groups, eval_groups: the examples, on the device, one pytree for each shape.
+    make_model: (rngs) -> model.
+    prepare: (key, batch) -> batch, inside the training step: augmentation.
+    metrics: (model, batch, rngs) -> Metrics; "loss" is what training descends. rngs is None
+        in evaluation.
+    describe: what the examples are, for the first line printed.
+    finish: (models, workdir) -> final metrics, a value for each model: what to measure and
+        write once training has ended. A model for each seed, in evaluation mode.
+    """
+
+    train_groups: tuple[Arrays, ...]
+    eval_groups: tuple[Arrays, ...]
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    prepare: Callable[[jax.Array, Arrays], Arrays]
+    metrics: MetricsFn
+    describe: str
+    finish: Callable[[list[Any], Path], dict[str, list[float]]]
+
+
+def group_size(group: Arrays) -> int:
+    """Examples in a group."""
+    return len(jax.tree.leaves(group)[0])

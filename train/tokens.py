@@ -1,0 +1,149 @@
+"""Tokenizers: GPT-2's, plain bytes, and byte-pair encodings learned from the training texts."""
+
+from collections.abc import Iterable, Sequence
+from hashlib import sha1
+from pathlib import Path
+from typing import Protocol
+
+import tiktoken
+import tokenizers
+
+PAD, BOS, EOS = 0, 1, 2
+
+_GPT2_FILES = [
+    f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+    for name in ("vocab.bpe", "encoder.json")
+]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back: `decode(encode(text)) == text` for every text.
+
+    Attributes:
+        vocab_size: ids are below it.
+        end_of_text: the id between documents. No text encodes to it, or to another special id.
+    """
+
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special ids are left out; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+class Gpt2:
+    """GPT-2's 50,257 tokens, by tiktoken.
+
+    Raises:
+        FileNotFoundError: neither the two files nor a network; the message says what to put where.
+    """
+
+    end_of_text = 50256
+
+    def __init__(self):
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # no network; a page instead of the file
+            # tiktoken names its copies by the sha1 of their addresses
+            files = "\n".join(
+                f"    {url}  as  {sha1(url.encode()).hexdigest()}" for url in _GPT2_FILES
+            )
+            raise FileNotFoundError(
+                "the GPT-2 tokenizer's files are neither here nor on the network. Download\n"
+                f"{files}\n"
+                "into a folder of their own, and set the environment variable TIKTOKEN_CACHE_DIR "
+                f"to it.\ntiktoken said: {error}"
+            ) from error
+        self.vocab_size = self._encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode([int(i) for i in ids if i != self.end_of_text])
+
+
+class Bytes:
+    """The bytes of UTF-8, and 256 as the end of text: no files, no training."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if i != self.end_of_text).decode(errors="replace")
+
+
+class Bpe:
+    """A byte-level byte-pair encoding; ids 0, 1, 2 are PAD, BOS and EOS.
+
+    Its alphabet has all 256 bytes, so no text is unknown to it.
+
+    Example:
+        >>> bpe = Bpe.train(["le chat", "le chien", "the cat"], vocab_size=300)
+        >>> bpe.decode([BOS, *bpe.encode("là-bas"), EOS, PAD])
+        'là-bas'
+    """
+
+    end_of_text = EOS
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        # or a text with "<eos>" in it would get the id 2
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Bpe":
+        """The encoding of at most vocab_size tokens that these texts give, in any order.
+
+        Args:
+            texts: the training split, all languages together; read once.
+            vocab_size: bytes and special ids included; few texts may give less.
+
+        Raises:
+            ValueError: a vocab_size below 259.
+        """
+        specials = ["<pad>", "<bos>", "<eos>"]
+        smallest = len(specials) + 256
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, expected at least {smallest}: "
+                "3 special ids and 256 bytes"
+            )
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=specials,
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Bpe":
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        return cls(tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8")))
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, in the format of the `tokenizers` package."""
+        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

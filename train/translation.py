@@ -1,0 +1,90 @@
+"""Translation of bucketed, masked sentence pairs."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sacrebleu
+from flax import nnx
+
+from bdia_jax.generate import translate
+from bdia_jax.models.transformer import Transformer
+from train.config import Config, PairInput
+from train.task import Metrics, Task
+from train.text import PairBucket, load_pairs, read_texts
+from train.tokens import EOS, PAD, Bpe
+
+
+def load(config: Config) -> Task:
+    """The task of a config whose input is a `PairInput`; its BPE comes from the training split."""
+    assert isinstance(config.input, PairInput)
+    options = config.input
+    languages = ("english", "french")
+    train_texts = read_texts(config.dataset, config.train_split, config.data_dir, *languages)
+    tokenizer = Bpe.train((text for pair in train_texts for text in pair), options.vocab_size)
+    (train, _), (held_out, dropped) = (
+        load_pairs(config.dataset, split, config.data_dir, tokenizer, options.boundaries)
+        for split in (config.train_split, config.eval_split)
+    )
+    longest = options.boundaries[-1]
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        return Transformer(tokenizer.vocab_size, longest, **config.model_arguments, rngs=rngs)
+
+    def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
+        """BLEU of each model on the first held-out pairs; translations.txt by the first."""
+        tokenizer.save(workdir / "bpe.json")
+        texts = read_texts(config.dataset, config.eval_split, config.data_dir, *languages)
+        sources, references = zip(*islice(texts, options.eval_translations), strict=True)
+        scores, outputs = [], []
+        for model in models:
+            outputs.append(_translate_all(model, tokenizer, sources, longest, options.beam_size))
+            scores.append(sacrebleu.corpus_bleu(outputs[-1], [list(references)]).score)
+        lines = [
+            f"en:   {source}\nfr:   {reference}\nours: {output}\n"
+            for source, reference, output in zip(sources, references, outputs[0], strict=True)
+        ]
+        (workdir / "translations.txt").write_text("\n".join(lines))
+        return {"bleu": scores}
+
+    count = sum(len(bucket.source) for bucket in train)
+    note = f" ({dropped} held-out pairs too long)" if dropped else ""
+    return Task(
+        tuple(jax.tree.map(jnp.asarray, bucket) for bucket in train),
+        tuple(jax.tree.map(jnp.asarray, bucket) for bucket in held_out),
+        make_model,
+        lambda key, batch: batch,
+        _metrics,
+        f"{count:,} sentence pairs of {config.dataset}{note}",
+        finish,
+    )
+
+
+def _metrics(model: Any, batch: PairBucket, rngs: nnx.Rngs | None) -> Metrics:
+    """Loss in nats a target token; padding counts nothing."""
+    logits = model(batch.source, batch.target_in, rngs=rngs)
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.target_out)
+    real = (batch.target_out != PAD).astype(jnp.float32)
+    return {"loss": ((loss * real).sum(-1), real.sum(-1))}
+
+
+def _translate_all(
+    model: Any, tokenizer: Bpe, sources: tuple[str, ...], max_len: int, beam_size: int
+) -> list[str]:
+    """Translations, in batches of one shape; what is beyond max_len tokens is cut off."""
+    rows = np.full((len(sources), max_len), PAD, np.int32)
+    for row, source in zip(rows, sources, strict=True):
+        ids = [*tokenizer.encode(source)[: max_len - 1], EOS]
+        row[: len(ids)] = ids
+    size = min(100, len(rows))
+    padded = np.concatenate([rows, rows[: -len(rows) % size]])
+    batches = [
+        translate(model, jnp.asarray(padded[first : first + size]), max_len, beam_size=beam_size)[0]
+        for first in range(0, len(padded), size)
+    ]
+    ids = np.concatenate(batches)[: len(rows)]
+    return [tokenizer.decode(row) for row in ids]
