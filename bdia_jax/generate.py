@@ -31,9 +31,10 @@ def generate(
 ) -> jax.Array:
     """The prompt and the tokens the model continues it with, int32 [B, T0 + num_tokens].
 
-    The network is the one of inference: gamma 0, states in the stack's fixed point, no dropout
-    whatever the mode of the model, which is left as it was. Keys and values of earlier tokens
-    are kept. Compiled once for each shape, num_tokens, top_k and end_token.
+    The network is the one of inference, as after `eval()`: no dropout, gamma 0 and states in the
+    stack's fixed point, as it is configured. The model stays as it was, and may be in training
+    mode. Keys and values of earlier tokens are kept. Compiled once for each shape, num_tokens,
+    top_k and end_token.
 
     Args:
         model: its stack's blocks hold one causal `attention`.

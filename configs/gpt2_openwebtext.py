@@ -5,7 +5,7 @@
 
 The paper shows training and validation loss of nanoGPT's 124M model on little data: plain GPT-2
 over-fits, BDIA-GPT2 far less. Layout and optimizer are nanoGPT's (AdamW, b2 0.95, decay 0.1, peak
-6e-4, cosine, clipping 1). `:small` is a CPU's share of it: four blocks of width 128 on bytes of
+6e-4, cosine, clipping 1). `:small` is a CPU's share of it: six blocks of width 64 on bytes of
 Python's language reference, which needs no data.
 
 The data: `python -m train.prepare openwebtext_sample --from openwebtext.jsonl`. Tokens: GPT-2's, by
@@ -30,8 +30,8 @@ SCALES = {
     },
     "small": _BYTES
     | {
-        "model": {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 512},
-        **{"train_split": "train[:15%]", "learning_rate": 1e-3, "batch_size": 16},
+        "model": {"width": 64, "depth": 6, "num_heads": 4, "mlp_dim": 256},
+        **{"train_split": "train[:15%]", "learning_rate": 2e-3, "batch_size": 8},
         **{"num_steps": 2000, "warmup_steps": 100},
         **{"log_every_steps": 50, "eval_every_steps": 200, "checkpoint_every_steps": 1000},
     },

@@ -18,5 +18,5 @@ SCALES = vit_cifar10.SCALES
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = vit_cifar10.base()
-    config.model.linformer_dim = 32
+    config.update({"model": {"linformer_dim": 32}})
     return common.choose(config, arg, RUNS, SCALES)

@@ -24,7 +24,7 @@ SCALES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = vit_cifar10.base()
-    config.input.rand_augment_ops = 0
+    config.update({"input": {"rand_augment_ops": 0}})
     config.model = {
         **{"name": "resnet", "widths": (64, 128, 256), "depths": (5, 5, 5), "dtype": "float32"}
     }

@@ -130,6 +130,15 @@ def test_more_tokens_than_positions_are_refused(plain):
         plain(jnp.zeros((1, 9), jnp.int32))
 
 
+def test_a_stack_that_widens_is_refused():
+    class Wide(BDIAStack):
+        def out_features(self, width):
+            return 2 * width
+
+    with pytest.raises(ValueError, match=r"returns 32 features.*embedding has 16"):
+        small_gpt2(Wide)
+
+
 # --- training ------------------------------------------------------------------------
 
 

@@ -99,7 +99,7 @@ def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -
         return ResNet(image_shape, num_classes, **arguments, rngs=rngs)
     linformer_dim = arguments.pop("linformer_dim")
     if linformer_dim:
-        tokens = image_shape[0] * image_shape[1] // config.model.patch_size**2 + 1
+        tokens = image_shape[0] * image_shape[1] // arguments["patch_size"] ** 2 + 1
         arguments["attention"] = partial(
             LinformerAttention, num_tokens=tokens, projected=linformer_dim
         )

@@ -10,6 +10,7 @@ from flax import nnx
 
 from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
+from bdia_jax.stacked import Stack
 
 _STD = 0.02
 
@@ -30,10 +31,11 @@ class GPT2(nnx.Module):
             and logits are float32.
         stack: (make_block, depth, rngs=) -> the stack; `functools.partial(BDIAStack, ...)` sets
             its options, magnitude=0, fixed_point=None, backprop="store" for the plain GPT-2.
+            Its output must be as wide as its input.
         rngs: initializes parameters; seeds dropout and gamma.
 
     Raises:
-        ValueError: heads that do not divide width.
+        ValueError: heads that do not divide width; a stack whose output is wider.
 
     Example:
         >>> model = GPT2(50, 16, width=8, depth=2, num_heads=2, mlp_dim=32, rngs=nnx.Rngs(0))
@@ -52,7 +54,7 @@ class GPT2(nnx.Module):
         mlp_dim: int = 3072,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
-        stack: Callable[..., BDIAStack] = BDIAStack,
+        stack: Callable[..., Stack] = BDIAStack,
         rngs: nnx.Rngs,
     ):
         self.max_len = max_len
@@ -79,6 +81,12 @@ class GPT2(nnx.Module):
             )
 
         self.stack = stack(make_block, depth, rngs=rngs)
+        features = self.stack.out_features(width)
+        if features != width:
+            raise ValueError(
+                f"the stack returns {features} features, but the tied embedding has {width}; "
+                "take a stack that keeps the width"
+            )
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
 
     def __call__(

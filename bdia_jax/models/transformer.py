@@ -11,6 +11,7 @@ from flax import nnx
 
 from bdia_jax.models.blocks import MLP, Attention, CrossAttention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
+from bdia_jax.stacked import Stack
 
 PAD = 0
 
@@ -81,7 +82,8 @@ class Transformer(nnx.Module):
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual streams,
             memory and logits are float32.
         stack: (make_block, depth, rngs=) -> a stack, called for the encoder and the decoder;
-            `functools.partial(BDIAStack, ...)` sets its options.
+            `functools.partial(BDIAStack, ...)` sets its options. It must be one that takes
+            any block, since a decoder block has three parts, and keeps the width.
         rngs: initializes parameters; seeds dropout and gamma.
 
     Raises:
@@ -100,7 +102,7 @@ class Transformer(nnx.Module):
         mlp_dim: int = 2048,
         dropout_rate: float = 0.1,
         dtype=jnp.float32,
-        stack: Callable[..., BDIAStack] = BDIAStack,
+        stack: Callable[..., Stack] = BDIAStack,
         rngs: nnx.Rngs,
     ):
         if width % 2:
