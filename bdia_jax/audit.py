@@ -24,6 +24,7 @@ class Audit:
         fixed_point: the format that was audited.
         elements: elements of one state.
         mismatches: int [K-1], rebuilt elements whose bits differ from the forward's.
+        errors: float [K-1], the largest |rebuilt - forward| of those elements, in quanta.
         corrections: int [K-1], roundings that came out different and the guard set right.
         drift: float [K-1], the largest difference between the forward's and the rebuild's
             value before rounding, in quanta (2^-frac_bits). After a mismatch in a later
@@ -41,6 +42,7 @@ class Audit:
     fixed_point: FixedPoint
     elements: int
     mismatches: np.ndarray
+    errors: np.ndarray
     corrections: np.ndarray
     drift: np.ndarray
     x0_mismatches: int
@@ -132,6 +134,7 @@ def audit(
         fixed_point=fixed_point,
         elements=operands[1].size,
         mismatches=seen["mismatches"],
+        errors=seen["errors"],
         corrections=seen["corrections"],
         drift=seen["drift"],
         x0_mismatches=int(x0_mismatches),
@@ -175,6 +178,7 @@ def _backward(static, operands, probe: bool):
         drift = jnp.abs(pre_round - forward_pre_round)
         return {
             "mismatches": jnp.sum(rebuilt != n),
+            "errors": jnp.max(jnp.abs(rebuilt.astype(jnp.float32) - n.astype(jnp.float32))),
             "corrections": jnp.sum(correction != 0),
             "drift": jnp.max(jnp.where(jnp.isnan(drift), 0.0, drift)),
             "invalid": jnp.sum(n == jnp.int32(-(2**31))),

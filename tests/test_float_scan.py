@@ -228,7 +228,7 @@ def test_the_residuals_do_not_grow_by_states(scheme):
     # coefficients, the key and the layer of a block, and nothing of a state's size
     assert 0 < growth / 16 < state / 4
     control = residual_bytes(scheme, "store", 24) - residual_bytes(scheme, "store", 8)
-    assert control / 16 > 2 * state
+    assert control / 16 > state
 
 
 # --- drift ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 from bdia_jax import FixedPoint
@@ -229,7 +230,7 @@ def shapes_in(jaxpr):
     """The shape of every value in a jaxpr, at any depth."""
     for eqn in jaxpr.eqns:
         yield from (var.aval.shape for var in eqn.outvars)
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from shapes_in(inner)
 
 

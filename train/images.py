@@ -29,9 +29,14 @@ class Images(NamedTuple):
 
 def load(config: Config) -> Task:
     """The task of a config whose input is an `ImageInput`."""
-    assert isinstance(config.input, ImageInput)
     train, num_classes = load_images(config.dataset, config.train_split, config.data_dir)
     held_out, _ = load_images(config.dataset, config.eval_split, config.data_dir)
+    return make_task(config, train, held_out, num_classes)
+
+
+def make_task(config: Config, train: Images, held_out: Images, num_classes: int) -> Task:
+    """The task of telling `num_classes` classes of these images apart."""
+    assert isinstance(config.input, ImageInput)
     options = config.input
 
     def prepare(key: jax.Array, batch: Images) -> Images:

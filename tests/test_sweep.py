@@ -1,0 +1,94 @@
+"""Sweeps and their reports: all runs of an experiment, and tables that say what the runs said."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from train.log import read_records
+from train.report import main as report_main
+from train.report import report, rows
+from train.sweep import load_experiment, sweep
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, data_dir):
+    """BDIA and plain, two seeds each, at smoke size."""
+    workdir = tmp_path_factory.mktemp("sweep") / "vit_digits"
+    overrides = {"num_seeds": 2, "data_dir": data_dir, "input.inference_gammas": (-0.5, 0.0)}
+    command = "python -m train.sweep --config=configs/vit_digits.py --workdir=/home/somebody/x"
+    failures = sweep(
+        "configs/vit_digits.py", str(workdir), "smoke", ["bdia", "plain"], overrides, command
+    )
+    assert failures == []
+    return workdir
+
+
+def test_report_says_what_the_records_say(swept, tmp_path):
+    text = report(swept, tmp_path)
+    document = json.loads((tmp_path / "vit_digits_smoke.json").read_text())
+    with (tmp_path / "vit_digits_smoke.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["run"] for row in table] == ["bdia", "plain"]
+    for row in table:
+        last = [r for r in read_records(swept / row["run"]) if r["kind"] == "eval"][-1]
+        values = last["seeds"]["accuracy"]
+        assert len(values) == 2
+        expected = f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
+        assert row["accuracy"] == expected and expected in text
+        assert document["results"][row["run"]]["final"]["accuracy"] == values
+    assert (tmp_path / "vit_digits_smoke.png").stat().st_size > 10_000
+    assert document["device"] and document["versions"]["jax"] and document["date"]
+    assert document["command"] == "python -m train.sweep --config=configs/vit_digits.py"
+    assert str(swept) not in json.dumps(document)
+
+
+def test_inference_gamma_is_evaluated_for_every_seed(swept):
+    (final,) = (r for r in read_records(swept / "bdia") if r["kind"] == "final")
+    last = [r for r in read_records(swept / "bdia") if r["kind"] == "eval"][-1]
+    np.testing.assert_allclose(
+        final["seeds"]["accuracy_gamma_0.0"], last["seeds"]["accuracy"], rtol=1e-6
+    )
+    assert len(final["seeds"]["accuracy_gamma_-0.5"]) == 2
+
+
+def test_swept_again_it_is_done_and_another_experiment_is_refused(swept, data_dir):
+    overrides = {"num_seeds": 2, "data_dir": data_dir, "input.inference_gammas": (-0.5, 0.0)}
+    before = (swept / "plain" / "metrics.jsonl").read_text().count('"train"')
+    assert sweep("configs/vit_digits.py", str(swept), "smoke", ["plain"], overrides) == []
+    assert (swept / "plain" / "metrics.jsonl").read_text().count('"train"') == before
+    with pytest.raises(ValueError, match="take another --workdir"):
+        sweep("configs/vit_digits.py", str(swept), "", ["plain"], {})
+
+
+def test_failed_run_does_not_stop_the_others(tmp_path, data_dir):
+    overrides = {"learning_rate": 1e30, "grad_clip_norm": 0.0, "data_dir": data_dir}
+    failures = sweep(
+        "configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["bdia", "plain"], overrides
+    )
+    assert [failure.split(":")[0] for failure in failures] == ["bdia", "plain"]
+    assert all("lower learning_rate" in failure for failure in failures)
+
+
+def test_bad_names(tmp_path):
+    with pytest.raises(ValueError, match="no 'rnn' in this config; it has bdia, plain"):
+        sweep("configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["rnn"])
+    with pytest.raises(ValueError, match="is no experiment"):
+        load_experiment("configs/nothing.py")
+    with pytest.raises(ValueError, match="no RUNS"):
+        load_experiment("configs/common.py")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(SystemExit, match="has no experiment"):
+        report_main([str(tmp_path)])
+
+
+def test_paper_column_stands_at_the_papers_size_only(swept):
+    from train.report import Run, read_sweep
+
+    _, _, runs = read_sweep(swept)
+    assert "paper" not in rows(runs, "accuracy")[0]
+    with_paper = [Run(**{**vars(run), "paper": 89.1}) for run in runs]
+    assert rows(with_paper, "accuracy")[0]["paper"] == "89.10"
