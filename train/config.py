@@ -170,6 +170,12 @@ class Config:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}"
             )
+        gammas = self.input.inference_gammas if isinstance(self.input, ImageInput) else (0.0,)
+        if gammas != (0.0,) and not (isinstance(self.model, ViTConfig) and self.stack == "bdia"):
+            raise ValueError(
+                f"input.inference_gammas is {gammas} with model {self.model.name!r} and stack "
+                f"{self.stack!r}; only a ViT with stack 'bdia' takes a gamma at inference, set (0.0,)"
+            )
         if self.stack != "bdia":
             self._check_baseline()
         elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
@@ -185,11 +191,6 @@ class Config:
                 f"stack={self.stack!r} with gamma={self.gamma}, quantize={self.quantize} and "
                 f"backprop={self.backprop!r}: this baseline has floating-point states and no "
                 "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
-            )
-        if isinstance(self.input, ImageInput) and self.input.inference_gammas != (0.0,):
-            raise ValueError(
-                f"input.inference_gammas {self.input.inference_gammas} with stack={self.stack!r}: "
-                "only 'bdia' has a gamma at inference; set them to (0.0,)"
             )
         if self.stack == "revnet" and not isinstance(self.model, ViTConfig):
             raise ValueError("stack='revnet' doubles the features; only the ViT takes them")
