@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from benchmarks import all as all_benchmarks
-from benchmarks import drift, memory, record, step_time
+from benchmarks import drift, memory, rebuild_error, record, step_time, vit_memory
+
+CASES = ("as_compiled", "off")
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +109,27 @@ def test_scale_makes_h_larger():
     assert large > 2 * small
 
 
-@pytest.mark.parametrize("benchmark", [memory, step_time, drift])
+def test_rebuild_errors_where_the_second_evaluation_is_off(tmp_path):
+    rows = {
+        name: rebuild_error.errors(name, drift.TOY, 4, off=True)
+        for name in ("float_bdia", "bdia_guard0", "bdia_guard1")
+    }
+    assert not any(rows["bdia_guard1"])
+    assert max(rows["bdia_guard0"]) >= 2.0**-9  # a flipped rounding, and what it grows to
+    assert rows["float_bdia"][0] > rows["float_bdia"][-1] > 0
+    results = {case: dict.fromkeys(rebuild_error.LABELS, rows["float_bdia"]) for case in CASES}
+    rebuild_error.draw(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_vit_memory_of_a_step(quick_compile):
+    sizes = {"batch_size": 16, "model": {"width": 32, "depth": 6, "mlp_dim": 32}}
+    bdia, plain = (vit_memory.measure(run, sizes) for run in ("bdia", "plain"))
+    assert bdia["state_bytes"] == plain["state_bytes"] > 0
+    assert bdia["temp_bytes"] < plain["temp_bytes"]
+
+
+@pytest.mark.parametrize("benchmark", [memory, step_time, drift, rebuild_error, vit_memory])
 def test_toy_numbers_cannot_replace_the_committed_ones(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--toy"])

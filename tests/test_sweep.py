@@ -2,11 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from train.log import read_records
+from train.paper import EXPERIMENTS
+from train.paper import main as paper_main
 from train.report import main as report_main
 from train.report import report, rows
 from train.sweep import load_experiment, sweep
@@ -92,3 +95,15 @@ def test_paper_column_stands_at_the_papers_size_only(swept):
     assert "paper" not in rows(runs, "accuracy")[0]
     with_paper = [Run(**{**vars(run), "paper": 89.1}) for run in runs]
     assert rows(with_paper, "accuracy")[0]["paper"] == "89.10"
+
+
+def test_whole_paper_in_one_command(tmp_path, data_dir, capsys):
+    arguments = ["--workdir", tmp_path / "runs", "--out", tmp_path / "out", "--scale", "smoke"]
+    arguments += ["--only", "vit_digits", "vit_cifar10", "--num_seeds", "1"]
+    arguments += ["--set", f"data_dir={data_dir}", "dataset=no_such_set"]
+    with pytest.raises(SystemExit, match="vit_digits: dataset is 'no_such_set'"):
+        paper_main([str(word) for word in arguments])
+    with pytest.raises(SystemExit):
+        paper_main(["--out", str(tmp_path), "--set", "num_steps"])
+    assert "expected FIELD=VALUE" in capsys.readouterr().err
+    assert set(EXPERIMENTS) == {path.stem for path in Path("configs").glob("*_*.py")} - {"__init__"}

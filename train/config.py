@@ -174,7 +174,7 @@ class Config:
         if gammas != (0.0,) and not (isinstance(self.model, ViTConfig) and self.stack == "bdia"):
             raise ValueError(
                 f"input.inference_gammas is {gammas} with model {self.model.name!r} and stack "
-                f"{self.stack!r}; only a ViT with stack 'bdia' takes a gamma at inference, set (0.0,)"
+                f"{self.stack!r}; only a ViT with stack 'bdia' takes others than (0.0,)"
             )
         if self.stack != "bdia":
             self._check_baseline()

@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from train.config import Config
+from train.datasets.registry import open_builder
 from train.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -58,6 +59,8 @@ def sweep(
         config = experiment.get_config(",".join(filter(None, (name, scale))))
         config.update_from_flattened_dict(overrides or {})
         configs[name] = Config.from_config_dict(config)
+    for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs.values()}:
+        open_builder(dataset, data_dir)  # better told now than between two runs
     path = Path(workdir)
     _claim(path, {"config": f"configs/{Path(file).name}", "scale": scale})
     failures = []

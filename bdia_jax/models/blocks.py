@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,8 @@ class PreNormBlock(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
-        attention: Callable[..., nnx.Module] = Attention,
-        mlp: Callable[..., nnx.Module] = MLP,
+        attention: Callable[..., Any] = Attention,
+        mlp: Callable[..., Any] = MLP,
         rngs: nnx.Rngs,
     ):
         common = {"dropout_rate": dropout_rate, "dtype": dtype, "rngs": rngs}

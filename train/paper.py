@@ -1,0 +1,88 @@
+"""The whole paper in one command: every experiment swept and reported, the most important first.
+
+    python -m train.paper --out benchmarks/results [--scale smoke] [--set model.dtype=bfloat16]
+
+Interrupted, it goes on where it was: every run resumes on its workdir. An experiment whose data
+is not prepared is told and left out.
+"""
+
+import argparse
+import ast
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from train.report import report
+from train.sweep import load_experiment, sweep
+
+# Table 1 on CIFAR-10 first; with it Fig. 1 and 3.
+EXPERIMENTS = (
+    "vit_cifar10",
+    "vit_cifar100",
+    "gamma_cifar10",
+    "gpt2_openwebtext",
+    "translation_enfr",
+    "epoch_time_cifar10",
+    "quantization_cifar10",
+    "dropout_cifar10",
+    "depth_cifar10",
+    "linformer_cifar10",
+    "resnet15_cifar10",
+    "vit_digits",
+)
+_CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def run(
+    name: str, workdir: Path, out: Path, scale: str, overrides: dict[str, Any], command: str
+) -> list[str]:
+    """Sweeps and reports one experiment; what went wrong, a line each."""
+    folder = workdir / "_".join(filter(None, (name, scale)))
+    file = _CONFIGS / f"{name}.py"
+    if scale and scale not in load_experiment(str(file)).SCALES:
+        return [f"{name}: has no scale {scale!r}"]
+    try:
+        failures = sweep(str(file), str(folder), scale, None, overrides, command)
+        print(report(folder, out))
+    except (ValueError, FileNotFoundError) as error:
+        if type(error) not in (ValueError, FileNotFoundError):
+            raise
+        return [f"{name}: {error}"]
+    return [f"{name}, {failure}" for failure in failures]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of all sweeps")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
+    parser.add_argument("--scale", default="", help="smoke or small, in place of the paper's size")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    parser.add_argument("--num_seeds", type=int, default=3, help="trained side by side")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="changes of every config"
+    )
+    args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
+    overrides = {"num_seeds": args.num_seeds}
+    for change in args.set:
+        field, equals, value = change.partition("=")
+        if not equals:
+            parser.error(f"--set {change}: expected FIELD=VALUE, for example num_steps=7800")
+        try:
+            overrides[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[field] = value
+    command = shlex.join(["python", "-m", "train.paper", *(argv or sys.argv[1:])])
+    failures = []
+    for name in args.only:
+        print(f"##### {name}", flush=True)
+        failures += run(name, args.workdir, args.out, args.scale, overrides, command)
+    if failures:
+        sys.exit("error: " + "\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
