@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from bdia_jax.optim import scale_by_set_adam
@@ -19,10 +20,11 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation:
-    """Clipping, then SET-Adam (the paper's) or Adam, decay and learning rate.
+    """Clipping, then SET-Adam (the paper's) or Adam, decay of matrices, and learning rate.
 
     Args:
-        stacked: pytree of bools, which parameters are stacked blocks.
+        stacked: pytree of bools, which parameters are stacked blocks. A vector, that is a bias or
+            the scale of a norm, does not decay, be it stacked or not.
     """
     moments = scale_by_set_adam(b2=config.b2, stacked=stacked)
     if config.optimizer == "adamw":
@@ -30,9 +32,13 @@ def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation
     clip = optax.identity()
     if config.grad_clip_norm:
         clip = optax.clip_by_global_norm(config.grad_clip_norm)
+
+    def is_matrix(params):
+        return jax.tree.map(lambda p, in_stack: p.ndim - in_stack >= 2, params, stacked)
+
     return optax.chain(
         clip,
         moments,
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
