@@ -57,7 +57,7 @@ def choose(
         scales: smaller sizes, "smoke" among them, as changes of `config`.
 
     Raises:
-        ValueError: a word that is none of them.
+        ValueError: a word that is none of them, or two of a kind.
     """
     words = arg.split(",") if arg else []
     wrong = [word for word in words if word not in runs and word not in scales]
@@ -66,9 +66,11 @@ def choose(
             f"no {', '.join(map(repr, wrong))} in this config; it has {', '.join(runs)}, and "
             f"the scales {', '.join(scales)}"
         )
-    chosen = [scales[word] for word in words if word in scales]
-    run = [runs[word] for word in words if word in runs] or [next(iter(runs.values()))]
+    scale = [word for word in words if word in scales]
+    run = [word for word in words if word in runs]
+    if len(scale) > 1 or len(run) > 1:
+        raise ValueError(f"{arg!r} names more than one run or scale; take one of each")
     with config.unlocked():
-        for changes in (*chosen, *run):
+        for changes in (*(scales[word] for word in scale), runs[(run or [*runs])[0]]):
             config.update(changes)
     return config.lock()

@@ -3,7 +3,7 @@
     python -m train.sweep --config=configs/epoch_time_cifar10.py
     python -m train.report runs/epoch_time_cifar10
 
-Two epochs each, the report takes the second. In all else as configs/vit_cifar10.py.
+Two epochs each; the report takes the second. In all else as configs/vit_cifar10.py.
 """
 
 from ml_collections import ConfigDict

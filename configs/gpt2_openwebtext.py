@@ -6,8 +6,8 @@
 The paper shows training and validation loss of nanoGPT's 124M model on little data: plain GPT-2
 over-fits, BDIA-GPT2 far less. Layout and optimizer are nanoGPT's (AdamW, b2 0.95, decay 0.1 of
 matrices, peak 6e-4, cosine, clipping 1), but for the cosine ending at 0 and documents not
-seeing each other. `:small` is a CPU's share of it: six blocks of width 64 on the bytes of
-30 documents.
+seeing each other. `:small` is a CPU's share of it: four blocks of width 64 on the bytes of
+8 documents.
 
 The data: `python -m train.prepare openwebtext_sample --from openwebtext.jsonl`. Tokens: GPT-2's, by
 tiktoken.
@@ -31,15 +31,15 @@ SCALES = {
     },
     "small": {
         "input": {"tokenizer": "bytes", "length": 128},
-        "model": {"width": 64, "depth": 6, "num_heads": 4, "mlp_dim": 256},
+        "model": {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 256},
         **{
-            "train_split": "train[:30]",
-            "eval_split": "validation[:15]",
-            "learning_rate": 2e-3,
+            "train_split": "train[:8]",
+            "eval_split": "validation[:8]",
+            "learning_rate": 4e-3,
             "batch_size": 8,
         },
-        **{"num_steps": 2000, "warmup_steps": 100},
-        **{"log_every_steps": 50, "eval_every_steps": 200, "checkpoint_every_steps": 1000},
+        **{"num_steps": 1000, "warmup_steps": 50},
+        **{"log_every_steps": 50, "eval_every_steps": 100, "checkpoint_every_steps": 1000},
     },
 }
 

@@ -13,7 +13,10 @@ from configs import common, vit_cifar10
 
 RUNS = {"bdia": common.BDIA, "plain": common.PLAIN}
 PAPER = {"plain": 84.16, "bdia": 86.6}
-SCALES = vit_cifar10.SCALES
+SCALES = {
+    name: scale | {"model": scale["model"] | {"linformer_dim": 8}}  # of 17 tokens
+    for name, scale in vit_cifar10.SCALES.items()
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -49,3 +49,5 @@ def test_every_run_and_scale_is_a_valid_config(name):
 def test_unknown_word_lists_the_choices():
     with pytest.raises(ValueError, match=r"no 'huge' in this config; it has bdia, .*smoke"):
         experiment("vit_cifar10").get_config("plain,huge")
+    with pytest.raises(ValueError, match="more than one run or scale"):
+        experiment("vit_cifar10").get_config("plain,bdia")

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import pickle
 import sys
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from train.datasets import registry
 from train.datasets.archive import read_files
 from train.datasets.cifar import Cifar10, Cifar100, load_arrays
+from train.datasets.connected import connected
 from train.datasets.hash_split import bucket
 from train.datasets.kaggle_enfr import KaggleEnfr, split_key
 from train.datasets.numbers_enfr import english, french
 from train.datasets.openwebtext_sample import OpenwebtextSample
-from train.datasets.pydoc import Pydoc
-from train.datasets.registry import BUNDLED, LOCAL, footnote, open_builder
+from train.datasets.pydoc import Pydoc, split_topics
+from train.datasets.registry import BUNDLED, LOCAL, footnote, in_chunks, open_builder, open_split
 from train.datasets.text_file import read_csv
 from train.datasets.write import write
 
@@ -101,14 +104,46 @@ def test_numbers_enfr_is_split_once(data_dir):
     assert "tensorflow" not in sys.modules and footnote(builder) is None
 
 
+def long_lines(texts):
+    return {line.strip() for t in texts for line in t.splitlines() if len(line.strip()) >= 40}
+
+
 def test_pydoc_is_the_language_reference(data_dir):
     from pydoc_data.topics import topics
 
     builder = open_builder("pydoc", data_dir)
     train, validation = ([e["text"] for e in read(builder, s)] for s in ("train", "validation"))
     assert sorted(train + validation) == sorted(topics.values())
-    assert sorted(validation) == sorted(topics[name] for name in sorted(topics)[9::10])
+    assert len(validation) >= 3 and len(train) > 0.6 * len(topics)
+    size = sum(map(len, validation)) / sum(map(len, topics.values()))
+    assert 0.04 < size < 0.2
+    assert not long_lines(train) & long_lines(validation)
+    # control: every tenth topic, as in version 1.0.0, leaks
+    ordered = [topics[name] for name in sorted(topics)]
+    naive = set(range(9, len(ordered), 10))
+    kept = long_lines(text for index, text in enumerate(ordered) if index not in naive)
+    assert len(long_lines(ordered[9::10]) & kept) > 30
     assert open_builder("pydoc", data_dir).is_prepared()  # the second time from disk
+
+
+def test_topics_that_quote_each_other_stay_together():
+    large = [letter * size for letter, size in zip("ABCD", (900, 800, 700, 600), strict=True)]
+    line, small = "e" * 40, ["f" * 39, "f" * 39 + "!"]
+    quote = f"See also:\n    {line}\n"
+    # the fifth group: the line and its quote
+    assert split_topics([line, *large, *small, quote]) == ([*large, *small], [line, quote])
+    other = quote.replace("e\n", "-\n")
+    assert split_topics([line, *large, *small, other]) == ([line, *large, *small], [other])
+
+
+def test_connected_items_are_one_group():
+    keys = [{"a"}, {"b"}, {"a", "c"}, (), {"c", "d"}, {"e"}, ["d", "b"]]
+    assert connected(keys) == [[0, 1, 2, 4, 6], [3], [5]]
+    assert connected(keys[:-1]) == [[0, 2, 4], [1], [3], [5]]
+    assert connected([]) == []
+    # a long chain, in bad order
+    chain = [(n, n + 1) for n in range(3000)]
+    assert connected(chain[1::2] + chain[::2]) == [list(range(3000))]
 
 
 @pytest.mark.parametrize("other_finishes", [True, False])
@@ -139,7 +174,7 @@ def csv_of(rows):
 
 
 def test_an_english_sentence_is_in_one_split():
-    # each English side twice, and once with other punctuation
+    # each pair twice; each English side also with other punctuation
     rows = [(f"Give me {n}{end}", f"{n} {end}") for n in range(500) for end in (".", "!", "?")]
     splits = KaggleEnfr.parse(csv_of(rows + rows))
     keys = {name: {split_key(e["english"]) for e in part} for name, part in splits.items()}
@@ -149,6 +184,31 @@ def test_an_english_sentence_is_in_one_split():
     # a split by the text as it stands would have put some of these on both sides
     raw = {e: bucket(e, 50) for e, _ in rows}
     assert any(raw[f"Give me {n}."] >= 48 > raw[f"Give me {n}!"] for n in range(500))
+
+
+def test_a_french_sentence_is_in_one_split():
+    # two English sides a French one, and a second French one that links to the first
+    rows = []
+    for n in range(500):
+        rows += [(f"I'm {n}.", f"Je suis {n}."), (f"I am {n}!", f"Je suis {n} !")]
+        rows += [(f"I am {n}.", f"C'est moi {n}.")]
+    splits = KaggleEnfr.parse(csv_of(rows))
+    for side, count in (("english", 1000), ("french", 1000)):
+        keys = [{split_key(e[side]) for e in part} for part in splits.values()]
+        assert sum(map(len, keys)) == len(set.union(*keys)) == count
+    assert all(len(part) % 3 == 0 and len(part) > 6 for part in splits.values())
+    # a split by the English side alone would have had the French one in two of them
+    alone = [[bucket(split_key(f"{i} {n}"), 50) >= 48 for i in ("I'm", "I am")] for n in range(500)]
+    assert any(one != other for one, other in alone)
+    # the rows' order changes nothing
+    again = KaggleEnfr.parse(csv_of(rows[::-1]))
+    for name, part in splits.items():
+        assert sorted(map(str, again[name])) == sorted(map(str, part))
+
+
+def test_a_word_of_both_languages_links_nothing():
+    rows = [(f"{n}.", f"{n + 1}.") for n in range(500)]  # a chain, if the sides were mixed
+    assert all(len(part) > 1 for part in KaggleEnfr.parse(csv_of(rows)).values())
 
 
 def test_split_key_keeps_letters_of_any_script():
@@ -378,3 +438,58 @@ def test_unknown_set_lists_the_choices(tmp_path):
     choices = "digits, pydoc, numbers_enfr, kaggle_enfr, openwebtext_sample, e2e, cifar10, cifar100"
     with pytest.raises(ValueError, match=f"dataset is 'no_such_set', expected one of {choices}"):
         open_builder("no_such_set", str(tmp_path))
+
+
+def stored_as(folder, file_format):
+    """As if the prepared set were stored in another format."""
+    [info] = folder.rglob("dataset_info.json")
+    content = json.loads(info.read_text())
+    assert content["fileFormat"] == "array_record"
+    info.write_text(json.dumps(content | {"fileFormat": file_format}))
+
+
+def test_another_file_format_names_the_folder_and_the_remedy(tmp_path, monkeypatch):
+    open_builder("digits", str(tmp_path))
+    stored_as(tmp_path, "tfrecord")
+    with pytest.raises(FileNotFoundError) as error:
+        open_builder("digits", str(tmp_path))
+    message = str(error.value)
+    assert (
+        f"digits in {tmp_path}/digits/1.0.0 is in the format tfrecord, expected array_record"
+        in message
+    )
+    assert "prepares itself in any other folder: name one with --config.data_dir=DIR" in message
+    # the same folder as a stock set
+    monkeypatch.setattr(registry, "BUNDLED", {})
+    with pytest.raises(FileNotFoundError) as error:
+        open_builder("digits", str(tmp_path))
+    command = "tfds build digits --file_format=array_record --data_dir=ANOTHER_DIR\n"
+    assert command in str(error.value) and "is in the format tfrecord" in str(error.value)
+
+
+def test_open_split_says_what_is_wrong(data_dir):
+    examples, builder = open_split("digits", "validation[:5]", data_dir, "image", "label")
+    assert len(examples) == 5 and examples[0]["image"].shape == (8, 8, 1)
+    assert builder.info.features["label"].num_classes == 10
+    for name, features, message in [
+        ("pydoc", ("image", "label"), "feature image, label; it has text: .* of image and label"),
+        ("digits", ("text",), "feature text; it has image, label: it is not a set of text"),
+        ("digits", ("label", "french"), "feature french; it has image, label"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} has no {message}"):
+            open_split(name, "train", data_dir, *features)
+    for split in ("train[:0]", "train[:0%]", "train[7:7]", "train[9:5]"):
+        with pytest.raises(ValueError, match=r"^split 'train.*' of digits is empty; take a larger"):
+            open_split("digits", split, data_dir)
+    for split, reason in [("dev", "Unknown split 'dev'"), ("train[:9999]", "with 1438 examples")]:
+        with pytest.raises(
+            ValueError, match="digits has no split .*; it has train, valid"
+        ) as error:
+            open_split("digits", split, data_dir)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 21, 4096])
+def test_chunks_are_the_examples_in_order(data_dir, size):
+    examples, _ = open_split("numbers_enfr", "test[:20]", data_dir)
+    assert list(in_chunks(examples, size)) == [examples[index] for index in range(20)]

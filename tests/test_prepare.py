@@ -280,4 +280,24 @@ def test_again_from_the_same_file_is_fine_from_another_not(tmp_path, capsys):
     capsys.readouterr()
     path.write_bytes(jsonl() + b'{"text": "one more"}\n')
     message = fails(capsys, "openwebtext_sample", path, data_dir, "--unverified")
-    assert "exists already, prepared from another file; remove it first" in message
+    assert "exists already, prepared from another file or by TFDS; remove it first" in message
+
+
+def test_a_stock_set_in_another_format_is_left_alone(tmp_path, capsys):
+    path, data_dir = write(tmp_path, "cifar10"), tmp_path / "tfds"
+    run("cifar10", path, data_dir, "--unverified")
+    capsys.readouterr()
+    [file] = data_dir.rglob("dataset_info.json")
+    # as TFDS leaves it without --file_format=array_record: no note of ours, and another format
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"description": "stock", "fileFormat": "tfrecord"}))
+    with pytest.raises(FileNotFoundError) as error:
+        open_builder("cifar10", str(data_dir))
+    message = str(error.value)
+    assert f"cifar10 in {data_dir}/cifar10/3.0.2 is in the format tfrecord" in message
+    other = "--data_dir=ANOTHER_DIR\n"
+    assert f"tfds build cifar10 --file_format=array_record {other}" in message
+    assert f"python -m train.prepare cifar10 --from FILE {other}" in message
+    message = fails(capsys, "cifar10", path, data_dir, "--unverified")
+    assert f"{data_dir}/cifar10/3.0.2 exists already, prepared" in message
+    assert "or take another --data_dir" in message

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from train.log import read_records
 from train.paper import EXPERIMENTS
 from train.paper import main as paper_main
+from train.report import Run, read_sweep, report, rows
 from train.report import main as report_main
-from train.report import report, rows
 from train.sweep import load_experiment, sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
@@ -73,24 +74,40 @@ def test_failed_run_does_not_stop_the_others(tmp_path, data_dir):
         "configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["bdia", "plain"], overrides
     )
     assert [failure.split(":")[0] for failure in failures] == ["bdia", "plain"]
+    with pytest.raises(ValueError, match=r"no run in .* has been evaluated"):
+        report(tmp_path / "x", tmp_path / "out")
     assert all("lower learning_rate" in failure for failure in failures)
 
 
 def test_bad_names(tmp_path):
-    with pytest.raises(ValueError, match="no 'rnn' in this config; it has bdia, plain"):
+    with pytest.raises(ValueError, match=r"no 'rnn' in .*; its runs are bdia, plain"):
         sweep("configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["rnn"])
     with pytest.raises(ValueError, match="is no experiment"):
         load_experiment("configs/nothing.py")
     with pytest.raises(ValueError, match="no RUNS"):
         load_experiment("configs/common.py")
+    with pytest.raises(ValueError, match="does not fit configs"):
+        sweep("configs/vit_digits.py", str(tmp_path / "x"), "smoke", None, {"model.no_such": 1})
     assert not (tmp_path / "x").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be used"):
+        sweep("configs/vit_digits.py", str(tmp_path / "file"), "smoke", ["bdia"])
     with pytest.raises(SystemExit, match="has no experiment"):
         report_main([str(tmp_path)])
 
 
-def test_paper_column_stands_at_the_papers_size_only(swept):
-    from train.report import Run, read_sweep
+def test_unfinished_sweep_is_reported_as_such(swept, tmp_path):
+    shutil.copytree(swept, tmp_path / "x")
+    file = tmp_path / "x" / "plain" / "metrics.jsonl"
+    lines = [line for line in file.read_text().splitlines() if '"final"' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    text = report(tmp_path / "x", tmp_path / "out")
+    assert "Not run yet: quantized, revnet, midpoint." in text
+    header, _, bdia, plain, *_ = text[text.index("| run") :].splitlines()
+    assert header.count("|") == bdia.count("|") == plain.count("|")
 
+
+def test_paper_column_stands_at_the_papers_size_only(swept):
     _, _, runs = read_sweep(swept)
     assert "paper" not in rows(runs, "accuracy")[0]
     with_paper = [Run(**{**vars(run), "paper": 89.1}) for run in runs]
@@ -99,10 +116,14 @@ def test_paper_column_stands_at_the_papers_size_only(swept):
 
 def test_whole_paper_in_one_command(tmp_path, data_dir, capsys):
     arguments = ["--workdir", tmp_path / "runs", "--out", tmp_path / "out", "--scale", "smoke"]
-    arguments += ["--only", "vit_digits", "vit_cifar10", "--num_seeds", "1"]
+    arguments += ["--only", "vit_digits", "vit_cifar10"]
     arguments += ["--set", f"data_dir={data_dir}", "dataset=no_such_set"]
-    with pytest.raises(SystemExit, match="vit_digits: dataset is 'no_such_set'"):
+    with pytest.raises(SystemExit) as told:
         paper_main([str(word) for word in arguments])
+    for name in ("vit_digits", "vit_cifar10"):
+        assert f"{name}: dataset is 'no_such_set'" in str(told.value)
+    with pytest.raises(SystemExit, match="does not fit"):
+        paper_main(["--out", str(tmp_path), "--set", "model.no_such=1"])
     with pytest.raises(SystemExit):
         paper_main(["--out", str(tmp_path), "--set", "num_steps"])
     assert "expected FIELD=VALUE" in capsys.readouterr().err

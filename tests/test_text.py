@@ -1,7 +1,6 @@
 """Text: tokenizers, packed documents, buckets of sentence pairs, data sets."""
 
 import random
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from train import text
 from train.text import (
     attention_mask,
     bucket_pairs,
-    load_pairs,
+    encode_pairs,
     load_text,
     pack_documents,
     positions,
@@ -202,29 +201,36 @@ def test_bad_buckets():
         bucket_pairs([[3, 3, 3]], [[3]], (2, 3))
 
 
-def fake_split(name, split, data_dir):
+class Pairs:
     """English as bytes, French as str: TFDS versions differ in what a Text feature gives."""
-    assert (name, split, data_dir) == ("pairs", "train", "somewhere")
-    pairs = [{"english": e.encode(), "french": f} for e, f in zip(ENGLISH, FRENCH, strict=True)]
-    features = {"english": None, "french": None}
-    return pairs, SimpleNamespace(info=SimpleNamespace(features=features))
+
+    def __len__(self):
+        return len(ENGLISH)
+
+    def __getitems__(self, keys):
+        return [{"english": ENGLISH[k].encode(), "french": FRENCH[k]} for k in keys]
 
 
 def test_pairs_of_a_data_set(monkeypatch, bpe):
-    monkeypatch.setattr(text, "open_split", fake_split)
-    (bucket,), dropped = load_pairs("pairs", "train", "somewhere", bpe, (60,))
+    splits = {("pairs", "train", "somewhere", "english", "french"): (Pairs(), None)}
+    monkeypatch.setattr(text, "open_split", lambda *arguments: splits[arguments])
+    pairs = list(read_texts("pairs", "train", "somewhere", "english", "french"))
+    assert pairs == list(zip(ENGLISH, FRENCH, strict=True))
+    (bucket,), dropped = encode_pairs(pairs, bpe, (60,))
     assert dropped == 0
     assert [bpe.decode(ids) for ids in bucket.source] == ENGLISH
     assert [bpe.decode(ids) for ids in bucket.target_in] == FRENCH
     assert [bpe.decode(ids) for ids in bucket.target_out] == FRENCH
-    with pytest.raises(ValueError, match="pairs has no feature text; it has english, french"):
-        load_text("pairs", "train", "somewhere", Bytes(), 8)
 
 
 def test_bundled_sets_are_read(tmp_path):
     data_dir = str(tmp_path)
     with pytest.raises(ValueError, match="pydoc has no split 'dev'; it has train, validation"):
         read_texts("pydoc", "dev", data_dir, "text")
+    with pytest.raises(ValueError, match="pydoc has no feature english, french; it has text"):
+        read_texts("pydoc", "train", data_dir, "english", "french")
+    with pytest.raises(ValueError, match=r"split 'train\[:0\]' of pydoc is empty"):
+        load_text("pydoc", "train[:0]", data_dir, Bytes(), 64)
     [*topics] = read_texts("pydoc", "validation", data_dir, "text")
     packed = load_text("pydoc", "validation", data_dir, Bytes(), 64)
     stream = packed.tokens[:, 1:].ravel()
@@ -232,7 +238,8 @@ def test_bundled_sets_are_read(tmp_path):
     assert (stream == Bytes.end_of_text).sum() in range(len(topics) - 3, len(topics))
     lines = read_texts("numbers_enfr", "train", data_dir, "english", "french")
     bpe = Bpe.train((line for pair in lines for line in pair), vocab_size=400)
-    buckets, dropped = load_pairs("numbers_enfr", "test", data_dir, bpe, (8, 12, 16, 24))
+    pairs = read_texts("numbers_enfr", "test", data_dir, "english", "french")
+    buckets, dropped = encode_pairs(pairs, bpe, (8, 12, 16, 24))
     count = sum(len(bucket.source) for bucket in buckets)
     assert count + dropped == sum(1 for _ in read_texts("numbers_enfr", "test", data_dir, "french"))
     assert count > 100 and dropped == 0

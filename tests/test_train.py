@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -118,7 +119,9 @@ def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, d
 )
 def test_other_systems_train(tmp_path, data_dir, changes):
     train(tiny(data_dir, num_steps=2, warmup_steps=1, **changes), str(tmp_path))
-    assert [r["kind"] for r in read_records(tmp_path)] == ["start", "train", "train", "eval"]
+    assert [r["kind"] for r in read_records(tmp_path)] == [
+        *("start", "train", "train", "eval", "final")
+    ]
 
 
 def test_steps_in_one_dispatch_or_many_are_the_same(straight, tmp_path, data_dir):
@@ -140,11 +143,24 @@ def test_seeds_side_by_side_are_the_seeds_alone(straight, tmp_path, data_dir):
     assert all(first != second for first, second in together)
 
 
-def test_finished_run_is_not_trained_further(straight):
+def test_finished_run_is_left_as_it_is(straight):
     workdir, config = straight
-    before = losses(workdir)
-    train(config, str(workdir))
-    assert losses(workdir) == before
+    before = (workdir / "metrics.jsonl").read_bytes()
+    final = train(config, str(workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert final["loss"] == losses(workdir)[-1][2]
+
+
+def test_other_examples_are_not_resumed_on(straight, tmp_path, data_dir):
+    workdir, config = straight
+    shutil.copytree(workdir, tmp_path / "run")
+    records = read_records(tmp_path / "run")[:-1]  # as if it had been killed before the end
+    records[0]["fingerprint"] = "0" * 16
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"trained on other examples \(fingerprint 0000"):
+        train(config, str(tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(workdir)[:-1]
 
 
 def test_loss_falls(tmp_path, data_dir):
@@ -194,6 +210,10 @@ def test_batch_larger_than_the_data(tmp_path, data_dir):
         ({"gamma": 0.6}, "gamma=0.6"),
         ({"quantize": False}, "quantize=False"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup_steps": -5}, "warmup_steps is -5, expected 0 to inf"),
+        ({"model": {"depth": 0}}, "model.depth is 0, expected 1"),
+        ({"input": {"inference_gammas": (0.0, -1.0)}}, "inference_gammas has -1.0"),
+        ({"input": {"rand_augment_magnitude": 99}}, "rand_augment_magnitude is 99"),
         ({"warmup_steps": 6}, "warmup_steps 6 leaves nothing of num_steps 6"),
         ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
         ({"model": {"name": "rnn"}}, "model.name is 'rnn'"),

@@ -75,7 +75,11 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return init()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.eval_shape(init))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            jax.eval_shape(init),
+        )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def save(self, step: int, state: Any) -> None:

@@ -108,6 +108,19 @@ _MODELS: dict[str, tuple[type, type]] = {
     "gpt2": (GPT2Config, TextInput),
     "transformer": (TransformerConfig, PairInput),
 }
+_RANGES = {
+    **dict.fromkeys(("num_seeds", "batch_size", "num_steps", "log_every_steps"), (1, math.inf)),
+    **dict.fromkeys(("eval_every_steps", "checkpoint_every_steps"), (1, math.inf)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip_norm"), (0, math.inf)),
+    **dict.fromkeys(("gamma", "b2", "model.dropout_rate"), (0, 1)),
+    **dict.fromkeys(("model.width", "model.depth", "model.num_heads"), (1, math.inf)),
+    **dict.fromkeys(("model.encoder_depth", "model.decoder_depth"), (1, math.inf)),
+    **dict.fromkeys(("model.mlp_dim", "model.patch_size", "input.beam_size"), (1, math.inf)),
+    **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, math.inf)),
+    **dict.fromkeys(("model.linformer_dim", "input.eval_translations"), (0, math.inf)),
+    "input.rand_augment_magnitude": (0, 30),
+    "input.length": (4, math.inf),  # samples are continued from a quarter of it
+}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
 
 
@@ -160,12 +173,9 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
+        self._check_ranges()
         if self.model.dtype not in _DTYPES:
             raise ValueError(f"model.dtype is {self.model.dtype!r}, expected one of {(*_DTYPES,)}")
-        positive = ("num_seeds", "batch_size", "num_steps", "learning_rate", "log_every_steps")
-        for name in (*positive, "eval_every_steps", "checkpoint_every_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}"
@@ -184,6 +194,18 @@ class Config:
                 "needs gamma 0.5, 0.25 or 0.125 and quantize=True; "
                 "take --config.backprop=store or remat"
             )
+
+    def _check_ranges(self):
+        for name, (low, high) in _RANGES.items():
+            *where, field = name.split(".")
+            value = getattr(getattr(self, where[0]) if where else self, field, None)
+            if value is not None and not low <= value <= high:  # None: of another model or input
+                raise ValueError(f"{name} is {value}, expected {low:g} to {high:g}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        for gamma in getattr(self.input, "inference_gammas", ()):
+            if not -0.5 <= gamma <= 0.5:
+                raise ValueError(f"input.inference_gammas has {gamma}, expected -0.5 to 0.5")
 
     def _check_baseline(self):
         if self.quantize or self.gamma or self.backprop == "remat":

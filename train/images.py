@@ -105,6 +105,11 @@ def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -
     linformer_dim = arguments.pop("linformer_dim")
     if linformer_dim:
         tokens = image_shape[0] * image_shape[1] // arguments["patch_size"] ** 2 + 1
+        if linformer_dim >= tokens:
+            raise ValueError(
+                f"model.linformer_dim is {linformer_dim} for {tokens} tokens, which saves nothing; "
+                "take a smaller one, or 0 for ordinary attention"
+            )
         arguments["attention"] = partial(
             LinformerAttention, num_tokens=tokens, projected=linformer_dim
         )

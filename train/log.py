@@ -41,7 +41,9 @@ class Log:
             for record in read_records(workdir)
             if record["step"] < start_step + (record["kind"] in ("train", "start"))
         ]
-        self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten = self._file.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten.replace(self._file)  # in one go, so that a kill cannot lose the history
 
     def start(self, **facts: Any) -> None:
         """Where the numbers that follow come from: date, device and versions besides `facts`."""
@@ -72,19 +74,18 @@ class Log:
             flush=True,
         )
 
-    def evaluation(self, step: int, **metrics: Any) -> dict[str, float]:
-        """Returns the means over the seeds."""
+    def evaluation(self, step: int, **metrics: Any) -> None:
+        """Metrics of the evaluation set."""
         means = self._write(step, "eval", **metrics)
         print(
             f"step {step}  eval"
             + "".join(f"  {name[:4]} {value:.4f}" for name, value in means.items()),
             flush=True,
         )
-        return means
 
-    def final(self, step: int, **metrics: list[float]) -> dict[str, float]:
-        """What the task measures once training has ended, a value a seed. Returns the means."""
-        return self._write(step, "final", **{k: np.asarray(v) for k, v in metrics.items()})
+    def final(self, step: int, **metrics: Any) -> None:
+        """The last record: this run is finished. Values as arrays or lists have one a seed."""
+        self._write(step, "final", **{k: np.asarray(v) for k, v in metrics.items()})
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -60,15 +60,18 @@ def prepare(name: str, file: Path, data_dir: str = "", unverified: bool = False)
     sha256 = _content_sha256(files)
     note = source_note(file.name, sha256, verified=not differences)
     source = Source(splits, label_names, note)
-    builder = cls(source=source, data_dir=data_dir or None, file_format="array_record")
-    if builder.data_path.exists():
-        info = builder.data_path / "dataset_info.json"
+    # no file_format: a folder that TFDS has prepared in another one is to be found, too
+    existing = cls(data_dir=data_dir or None)
+    if existing.data_path.exists():
+        info = existing.data_path / "dataset_info.json"
         if not info.exists() or sha256 not in info.read_text():
             raise ValueError(
-                f"{builder.data_dir} exists already, prepared from another file; remove it first"
+                f"{existing.data_dir} exists already, prepared from another file or by TFDS; "
+                "remove it first, or take another --data_dir"
             )
-        return builder
-    write(builder)
+    builder = cls(source=source, data_dir=data_dir or None, file_format="array_record")
+    if not existing.data_path.exists():
+        write(builder)
     return builder
 
 

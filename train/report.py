@@ -19,6 +19,7 @@ import numpy as np
 
 from train.log import read_records
 from train.sweep import load_experiment
+from train.train import NOT_METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Run:
     origin: dict[str, Any]
 
 
-def read_sweep(workdir: Path) -> tuple[Any, dict[str, str], list[Run]]:
-    """(the experiment's module, experiment.json, its runs that have been evaluated).
+def read_sweep(workdir: Path) -> tuple[Any, dict[str, Any], list[Run]]:
+    """(the experiment's module, experiment.json and what has "not_run", the runs evaluated).
 
     Raises:
         ValueError: not the workdir of a sweep, or nothing in it to report yet.
@@ -53,14 +54,17 @@ def read_sweep(workdir: Path) -> tuple[Any, dict[str, str], list[Run]]:
     about = json.loads(file.read_text())
     module = load_experiment(about["config"])
     paper = {} if about["scale"] else module.PAPER  # its numbers are of its sizes
+    waiting = [name for name in module.RUNS if not _is_evaluated(workdir / name)]
     runs = [
-        _read_run(workdir / name, paper.get(name))
-        for name in module.RUNS
-        if any(record["kind"] == "eval" for record in read_records(workdir / name))
+        _read_run(workdir / name, paper.get(name)) for name in module.RUNS if name not in waiting
     ]
     if not runs:
         raise ValueError(f"no run in {workdir} has been evaluated yet")
-    return module, about, runs
+    return module, about | {"not_run": waiting}, runs
+
+
+def _is_evaluated(workdir: Path) -> bool:
+    return any(record["kind"] == "eval" for record in read_records(workdir))
 
 
 def _read_run(workdir: Path, paper: float | None) -> Run:
@@ -72,10 +76,13 @@ def _read_run(workdir: Path, paper: float | None) -> Run:
     }
     start = of_kind["start"][-1]
     last = of_kind["eval"][-1]
-    final = {name: _seeds(last, name) for name in last if name not in ("step", "kind", "seeds")}
+    final = {name: _seeds(last, name) for name in last if name not in NOT_METRICS}
     for record in of_kind["final"]:
-        final |= {name: _seeds(record, name) for name in record.get("seeds", {})}
-    speeds = [record["examples_per_second"] for record in of_kind["train"][1:]] or [float("nan")]
+        final |= {name: _seeds(record, name) for name in record if name not in NOT_METRICS}
+    later = [r for r in of_kind["train"] if r["step"] > start["steps_per_epoch"]]
+    speeds = [
+        r["examples_per_second"] for r in later or of_kind["train"]
+    ]  # first epoch: warming up
     examples = start["steps_per_epoch"] * config["batch_size"] * config["num_seeds"]
     return Run(
         name=workdir.name,
@@ -145,23 +152,35 @@ def _mean_and_std(name: str, values: list[float]) -> str:
     return text
 
 
-def write_markdown(path: Path, title: str, table: list[dict[str, str]], runs: list[Run]) -> None:
+def _header(table: list[dict[str, str]]) -> list[str]:
+    """All columns; a run that is not finished lacks some."""
+    return list(dict.fromkeys(name for row in table for name in row))
+
+
+def write_markdown(
+    path: Path, title: str, table: list[dict[str, str]], runs: list[Run], not_run: list[str]
+) -> None:
     """The table, with where its numbers come from below."""
-    header = list(table[0])
+    header = _header(table)
     lines = [f"# {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(row[name] for name in header) + " |" for row in table]
-    origin = runs[0].origin
+    lines += ["| " + " | ".join(row.get(name, "") for name in header) + " |" for row in table]
+    lines += [""]
+    lines += [f"Not run yet: {', '.join(not_run)}.", ""] if not_run else []
+    for origin in {_origin(run): None for run in runs}:
+        lines += [origin, ""]
     lines += [
-        "",
-        f"{origin['device']}, {', '.join(f'{k} {v}' for k, v in origin['versions'].items())}, "
-        f"{origin['date']}. `{origin['command']}`",
-        "",
         "± is the standard deviation over seeds, which are trained side by side: seconds and "
         "memory are of all of them together.",
     ]
     notes = {run.origin["data_note"] for run in runs} - {None}
     lines += [f"Data: {note}." for note in sorted(notes)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def _origin(run: Run) -> str:
+    origin = run.origin
+    versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
+    return f"{origin['device']}, {versions}, {origin['date'][:10]}. `{origin['command']}`"
 
 
 def draw(path: Path, runs: list[Run]) -> None:
@@ -216,14 +235,15 @@ def report(workdir: Path, out: Path) -> str:
     """
     module, about, runs = read_sweep(workdir)
     metric = getattr(module, "METRIC", "accuracy")
-    scale = f" (scale: {about['scale']})" if about["scale"] else ""
-    title = module.__doc__.splitlines()[0] + scale
+    changes = [f"{k}={v}" for k, v in about["overrides"].items()]
+    changes += [f"scale {about['scale']}"] if about["scale"] else []
+    title = module.__doc__.splitlines()[0] + (f" ({', '.join(changes)})" if changes else "")
     stem = "_".join(filter(None, (Path(about["config"]).stem, about["scale"])))
     table = rows(runs, metric)
     out.mkdir(parents=True, exist_ok=True)
-    write_markdown(out / f"{stem}.md", title, table, runs)
+    write_markdown(out / f"{stem}.md", title, table, runs, about["not_run"])
     with (out / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
+        writer = csv.DictWriter(file, _header(table), restval="")
         writer.writeheader()
         writer.writerows(table)
     draw(out / f"{stem}.png", runs)
@@ -241,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     for workdir in args.workdirs:
         try:
             print(report(workdir, args.out or workdir))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
 

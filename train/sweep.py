@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -49,54 +50,93 @@ def sweep(
         One line for every run that failed; the others have been trained.
 
     Raises:
-        ValueError: an unknown run or scale, or a workdir of another experiment.
+        ValueError: an unknown run, scale or field, or a workdir of another experiment.
         FileNotFoundError: the data set is not prepared.
     """
-    experiment = load_experiment(file)
-    names = only or list(experiment.RUNS)
-    configs = {}
-    for name in names:
-        config = experiment.get_config(",".join(filter(None, (name, scale))))
-        config.update_from_flattened_dict(overrides or {})
-        configs[name] = Config.from_config_dict(config)
+    overrides = overrides or {}
+    configs = make_configs(file, scale, only, overrides)
     for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs.values()}:
         open_builder(dataset, data_dir)  # better told now than between two runs
     path = Path(workdir)
-    _claim(path, {"config": f"configs/{Path(file).name}", "scale": scale})
+    changes = {name: value for name, value in overrides.items() if name != "data_dir"}
+    _claim(path, {"config": _from_here(file), "scale": scale, "overrides": changes})
     failures = []
     for name, config in configs.items():
         print(f"=== {name}", flush=True)
         try:
             train(config, str(path / name), command)
-        except ValueError as error:  # a loss that is not finite need not cost the other runs
+        # a loss that is not finite, or too little memory, need not cost the other runs
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
             failures.append(f"{name}: {error}")
     return failures
+
+
+def make_configs(
+    file: str,
+    scale: str = "",
+    only: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Config]:
+    """The config of each run of an experiment. Arguments and errors: as `sweep`."""
+    experiment = load_experiment(file)
+    wrong = [name for name in only or () if name not in experiment.RUNS]
+    wrong += [scale] if scale and scale not in experiment.SCALES else []
+    if wrong:
+        raise ValueError(
+            f"no {', '.join(map(repr, wrong))} in {file}; its runs are "
+            f"{', '.join(experiment.RUNS)}, its scales {', '.join(experiment.SCALES)}"
+        )
+    configs = {}
+    for name in only or experiment.RUNS:
+        config = experiment.get_config(",".join(filter(None, (name, scale))))
+        try:
+            config.update_from_flattened_dict(overrides or {})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{overrides} does not fit {file}: {error}") from error
+        configs[name] = Config.from_config_dict(config)
+    return configs
 
 
 def load_experiment(file: str) -> ModuleType:
     """A file in configs/ as a module: RUNS, PAPER, SCALES and get_config."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None or not Path(file).exists():
-        raise ValueError(f"{file} is no experiment; expected a Python file such as configs/x.py")
+        raise ValueError(
+            f"{file} is no experiment; expected a Python file such as configs/x.py (a size is "
+            "chosen by --scale, runs by --runs)"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "RUNS"):
-        raise ValueError(f"{file} has no RUNS, so there is nothing to sweep; use python -m train")
+    missing = [
+        name for name in ("RUNS", "SCALES", "PAPER", "get_config") if not hasattr(module, name)
+    ]
+    if missing or not module.__doc__:
+        missing += [] if module.__doc__ else ["docstring"]
+        raise ValueError(f"{file} has no {', '.join(missing)}; see configs/vit_digits.py for one")
     return module
 
 
-def _claim(path: Path, experiment: dict[str, str]) -> None:
+def _from_here(file: str) -> str:
+    """The path as it is found again, without folders of the machine where that is possible."""
+    path = Path(file).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _claim(path: Path, experiment: dict[str, Any]) -> None:
     """Writes experiment.json, or checks that the folder is of this experiment."""
-    path.mkdir(parents=True, exist_ok=True)
     file = path / "experiment.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        if old != experiment:
-            raise ValueError(f"{path} holds {old}, not {experiment}; take another --workdir")
-    elif any(path.iterdir()):
-        raise ValueError(f"{path} has files but no experiment.json; take another --workdir")
-    else:
-        file.write_text(json.dumps(experiment) + "\n")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        old = json.loads(file.read_text()) if file.exists() else None
+        if old is None and any(path.iterdir()):
+            raise ValueError(f"{path} has files but no experiment.json; take another --workdir")
+        if old is None:
+            file.write_text(json.dumps(experiment) + "\n")
+    except OSError as error:
+        raise ValueError(f"workdir {path} cannot be used: {error.strerror}") from error
+    experiment = json.loads(json.dumps(experiment))
+    if old is not None and old != experiment:
+        raise ValueError(f"{path} holds {old}, not {experiment}; take another --workdir")
 
 
 def main(argv):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.datasets.registry import open_split
+from train.datasets.registry import in_chunks, open_split
 from train.tokens import BOS, EOS, PAD, Bpe, Tokenizer
 
 
@@ -157,16 +157,10 @@ def read_texts(name: str, split: str, data_dir: str, *features: str) -> Iterator
         features: the features to read, such as "text", or "english", "french".
 
     Raises:
-        FileNotFoundError: the set is not prepared.
-        ValueError: an unknown name, split or feature.
+        FileNotFoundError, ValueError: as `open_split`.
     """
-    examples, builder = open_split(name, split, data_dir)
-    missing = [feature for feature in features if feature not in builder.info.features]
-    if missing:
-        raise ValueError(
-            f"{name} has no feature {', '.join(missing)}; it has {', '.join(builder.info.features)}"
-        )
-    return (tuple(_as_str(example[feature]) for feature in features) for example in examples)
+    examples, _ = open_split(name, split, data_dir, *features)
+    return (tuple(_as_str(example[f]) for f in features) for example in in_chunks(examples))
 
 
 def _as_str(text: str | bytes) -> str:
@@ -181,10 +175,9 @@ def load_text(
     return pack_documents(documents, length, tokenizer.end_of_text)
 
 
-def load_pairs(
-    name: str, split: str, data_dir: str, tokenizer: Bpe, boundaries: Sequence[int]
+def encode_pairs(
+    pairs: Iterable[Sequence[str]], tokenizer: Bpe, boundaries: Sequence[int]
 ) -> tuple[list[PairBucket], int]:
-    """A split of English-French pairs, by length: see `bucket_pairs`. English is the source."""
-    pairs = read_texts(name, split, data_dir, "english", "french")
-    encoded = [(tokenizer.encode(english), tokenizer.encode(french)) for english, french in pairs]
+    """(source, target) sentences, by length: see `bucket_pairs`."""
+    encoded = [(tokenizer.encode(source), tokenizer.encode(target)) for source, target in pairs]
     return bucket_pairs([s for s, _ in encoded], [t for _, t in encoded], boundaries)

@@ -1,6 +1,7 @@
 """The training loop: data, program, restore, loop."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from train.datasets.registry import footnote, open_builder
 from train.log import Log, draw_curve, format_bytes, read_records
 from train.program import Program, State, compile_steps, make_program, planned_memory
 from train.task import Task, group_size
+
+NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
 
 
 def load_task(config: Config) -> Task:
@@ -52,8 +55,14 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
         ValueError: bad configuration or workdir, or a loss that is not finite; checkpoints
             saved until then stay.
     """
+    if (Path(workdir) / "config.json").exists():
+        path = open_workdir(workdir, config)
+        finished = final_metrics(path)
+        if finished:
+            print(f"finished already: {_listed(finished)}  in {path}")
+            return finished
     task = load_task(config)
-    path = open_workdir(workdir, config)
+    path = open_workdir(workdir, config)  # only now, so that bad data leaves no folder behind
     program = make_program(config, task)
     train_steps = compile_steps(program, task)
     memory = planned_memory(train_steps)
@@ -74,8 +83,10 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             config.batch_size * config.num_seeds,
             memory.temp_size_in_bytes + memory.argument_size_in_bytes,
         )
+        fingerprint = _check_same_data(path, task)
         log.start(
             command=command,
+            fingerprint=fingerprint,
             data_note=footnote(open_builder(config.dataset, config.data_dir)),
             steps_per_epoch=program.steps_per_epoch,
             temp_bytes=memory.temp_size_in_bytes,
@@ -83,22 +94,46 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
         state, metrics = _loop(
             config, task, program._replace(train_steps=train_steps), checkpoints, log, state
         )
-        final = task.finish(program.models(state), path)
-        if final:
-            metrics |= log.final(config.num_steps, **final)
-    draw_curve(path)
-    values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"final {values}  on {config.eval_split}; curve in {path / 'curve.png'}")
+        draw_curve(path)
+        log.final(config.num_steps, **metrics, **task.finish(program.models(state), path))
+    metrics = final_metrics(path)
+    print(f"final {_listed(metrics)}  on {config.eval_split}; curve in {path / 'curve.png'}")
     return metrics
+
+
+def final_metrics(workdir: Path) -> dict[str, float]:
+    """What a finished run ended with, means over the seeds; {} for one that is not finished."""
+    final = [record for record in read_records(workdir) if record["kind"] == "final"]
+    return {k: v for k, v in final[-1].items() if k not in NOT_METRICS} if final else {}
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _check_same_data(workdir: Path, task: Task) -> str:
+    """A hash of all examples; a run is not resumed on others (or on other tokens of theirs)."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves((task.train_groups, task.eval_groups)):
+        digest.update(np.asarray(array).tobytes())
+    fingerprint = digest.hexdigest()[:16]
+    before = [r["fingerprint"] for r in read_records(workdir) if r["kind"] == "start"]
+    if before and before[-1] != fingerprint:
+        raise ValueError(
+            f"{workdir} was trained on other examples (fingerprint {before[-1]}, now "
+            f"{fingerprint}): another version of the data set or its tokenizer. Bring it back, or "
+            "take another --workdir"
+        )
+    return fingerprint
 
 
 def _loop(
     config: Config, task: Task, program: Program, checkpoints: Checkpoints, log: Log, state: State
-) -> tuple[State, dict[str, float]]:
+) -> tuple[State, dict[str, Any]]:
     """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late."""
     step = start = int(state["step"])
     pending: Any = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     while True:
         last = step == config.num_steps
         evaluates = last or (step > 0 and step % config.eval_every_steps == 0)
@@ -110,8 +145,8 @@ def _loop(
             checkpoints.save(step, state)
         if evaluates:
             with log.pause():
-                values = jax.device_get(program.evaluate(state, task.eval_groups))
-            metrics = log.evaluation(step, **values)
+                metrics = jax.device_get(program.evaluate(state, task.eval_groups))
+            log.evaluation(step, **metrics)
         if last:
             return state, metrics
         boundary = min(

@@ -1,6 +1,6 @@
 """Translation of bucketed, masked sentence pairs."""
 
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bdia_jax.generate import translate
 from bdia_jax.models.transformer import Transformer
 from train.config import Config, PairInput
 from train.task import Metrics, Task
-from train.text import PairBucket, load_pairs, read_texts
+from train.text import PairBucket, encode_pairs, read_texts
 from train.tokens import EOS, PAD, Bpe
 
 
@@ -24,11 +24,13 @@ def load(config: Config) -> Task:
     assert isinstance(config.input, PairInput)
     options = config.input
     languages = ("english", "french")
-    train_texts = read_texts(config.dataset, config.train_split, config.data_dir, *languages)
-    tokenizer = Bpe.train((text for pair in train_texts for text in pair), options.vocab_size)
-    (train, _), (held_out, dropped) = (
-        load_pairs(config.dataset, split, config.data_dir, tokenizer, options.boundaries)
+    train_texts, eval_texts = (
+        list(read_texts(config.dataset, split, config.data_dir, *languages))
         for split in (config.train_split, config.eval_split)
+    )
+    tokenizer = Bpe.train(chain.from_iterable(train_texts), options.vocab_size)
+    (train, train_dropped), (held_out, eval_dropped) = (
+        encode_pairs(texts, tokenizer, options.boundaries) for texts in (train_texts, eval_texts)
     )
     longest = options.boundaries[-1]
 
@@ -38,21 +40,29 @@ def load(config: Config) -> Task:
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """BLEU of each model on the first held-out pairs; translations.txt by the first."""
         tokenizer.save(workdir / "bpe.json")
-        texts = read_texts(config.dataset, config.eval_split, config.data_dir, *languages)
-        sources, references = zip(*islice(texts, options.eval_translations), strict=True)
+        if not options.eval_translations:
+            return {}
+        references: dict[str, list[str]] = {}  # a sentence may have several translations
+        for source, reference in eval_texts[: options.eval_translations]:
+            references.setdefault(source, []).append(reference)
+        most = max(map(len, references.values()))
+        streams: Any = [
+            [r[i] if i < len(r) else None for r in references.values()] for i in range(most)
+        ]
         scores, outputs = [], []
         for model in models:
-            outputs.append(_translate_all(model, tokenizer, sources, longest, options.beam_size))
-            scores.append(sacrebleu.corpus_bleu(outputs[-1], [list(references)]).score)
+            output = _translate_all(model, tokenizer, [*references], longest, options.beam_size)
+            scores.append(sacrebleu.corpus_bleu(output, streams).score)
+            outputs.append(output)
         lines = [
-            f"en:   {source}\nfr:   {reference}\nours: {output}\n"
-            for source, reference, output in zip(sources, references, outputs[0], strict=True)
+            f"en:   {source}\nfr:   {' / '.join(reference)}\nours: {output}\n"
+            for (source, reference), output in zip(references.items(), outputs[0], strict=True)
         ]
         (workdir / "translations.txt").write_text("\n".join(lines))
         return {"bleu": scores}
 
     count = sum(len(bucket.source) for bucket in train)
-    note = f" ({dropped} held-out pairs too long)" if dropped else ""
+    note = f" (too long and left out: {train_dropped}, and {eval_dropped} held-out ones)"
     return Task(
         tuple(jax.tree.map(jnp.asarray, bucket) for bucket in train),
         tuple(jax.tree.map(jnp.asarray, bucket) for bucket in held_out),
@@ -73,7 +83,7 @@ def _metrics(model: Any, batch: PairBucket, rngs: nnx.Rngs | None) -> Metrics:
 
 
 def _translate_all(
-    model: Any, tokenizer: Bpe, sources: tuple[str, ...], max_len: int, beam_size: int
+    model: Any, tokenizer: Bpe, sources: list[str], max_len: int, beam_size: int
 ) -> list[str]:
     """Translations, in batches of one shape; what is beyond max_len tokens is cut off."""
     rows = np.full((len(sources), max_len), PAD, np.int32)

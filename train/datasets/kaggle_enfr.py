@@ -2,33 +2,37 @@
 
 import tensorflow_datasets as tfds
 
+from train.datasets.connected import connected
 from train.datasets.hash_split import bucket
 from train.datasets.local_file import Examples, KnownFile, LocalFileBuilder
 from train.datasets.text_file import read_csv
 
 
 def split_key(sentence: str) -> str:
-    """What decides a sentence's split: its letters and digits, so "Run!" and "run." are one."""
+    """What makes sentences the same: their letters and digits, so "Run!" and "run." are one."""
     return "".join(c for c in sentence.casefold() if c.isalnum()) or sentence
 
 
 class KaggleEnfr(LocalFileBuilder):
     """175,621 English-French sentence pairs of tatoeba.org, collected by manythings.org/anki.
 
-    The file is sorted by length and repeats English sentences, one translation a line. So a pair
-    belongs to train, validation or test (about 96/2/2 %) by a hash of its English letters: no
-    English sentence is in two splits, not even with other punctuation. The order is hashed too.
+    The file is sorted by length and has many sentences twice, one translation a line. Pairs with
+    the same English or the same French sentence, directly or through other pairs ("I'm" and "I am"
+    share their French), form groups of at most 96 pairs. A group belongs to train, validation or
+    test (about 96/2/2 %) by a hash of its first English sentence: no English and no French sentence
+    is in two splits, not even with other punctuation. Version 1.0.0 looked at the English side
+    only. The order is hashed too.
     Source: https://www.kaggle.com/datasets/devicharith/language-translation-englishfrench, file
     eng_-french.csv. Licence: CC BY 2.0 FR (tatoeba.org).
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     KNOWN = KnownFile(
         url="https://www.kaggle.com/datasets/devicharith/language-translation-englishfrench",
         files={
             "eng_-french.csv": "4f3dc818dc6da409b119c0f67f091d688378d65588c10acc440eeeecd7556e3d"
         },
-        counts={"train": 168_479, "validation": 3_505, "test": 3_637},
+        counts={"train": 168_421, "validation": 3_442, "test": 3_758},
     )
 
     @classmethod
@@ -40,7 +44,14 @@ class KaggleEnfr(LocalFileBuilder):
         [(name, content)] = files.items()
         splits: dict[str, Examples] = {"train": [], "validation": [], "test": []}
         header = ["English words/sentences", "French words/sentences"]
-        for english, french in read_csv(name, content, header):
-            chosen = {48: "validation", 49: "test"}.get(bucket(split_key(english), 50), "train")
-            splits[chosen].append({"english": english, "french": french})
+        rows = read_csv(name, content, header)
+        keys = [(split_key(english), split_key(french)) for english, french in rows]
+        # with the side: a word of both languages links nothing
+        for group in connected([[(0, english), (1, french)] for english, french in keys]):
+            # by alphabet, not by row: the same in a file of another order
+            representative = min(keys[row][0] for row in group)
+            chosen = {48: "validation", 49: "test"}.get(bucket(representative, 50), "train")
+            for row in group:
+                english, french = rows[row]
+                splits[chosen].append({"english": english, "french": french})
         return splits
