@@ -1,4 +1,4 @@
-"""Every benchmark with the same options, and a summary (--gpu --out DIR on a GPU)."""
+"""Memory, step time and drift with the same options, and a summary (--gpu --out DIR on a GPU)."""
 
 import sys
 

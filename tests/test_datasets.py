@@ -482,9 +482,7 @@ def test_open_split_says_what_is_wrong(data_dir):
         with pytest.raises(ValueError, match=r"^split 'train.*' of digits is empty; take a larger"):
             open_split("digits", split, data_dir)
     for split, reason in [("dev", "Unknown split 'dev'"), ("train[:9999]", "with 1438 examples")]:
-        with pytest.raises(
-            ValueError, match="digits has no split .*; it has train, valid"
-        ) as error:
+        with pytest.raises(ValueError, match=r"has no split .*; it has train, valid") as error:
             open_split("digits", split, data_dir)
         assert reason in str(error.value)
 

@@ -56,6 +56,7 @@ def metrics(model, batch, rngs):
     return {
         "loss": (error**2 * batch["weight"], batch["weight"]),
         "error": (error, jnp.ones_like(error)),
+        "training": (jnp.full_like(error, not model.dropout.deterministic), jnp.ones_like(error)),
     }
 
 
@@ -75,9 +76,14 @@ def mean_loss(w, groups):
 @pytest.mark.parametrize("batch_size", [3, 7, 50])  # 7 examples: incomplete, one, too few
 def test_totals_count_every_example_once(batch_size):
     group, model = GROUPS[0], Linear(nnx.Rngs(0))
+    model.eval()
     totals = group_totals(model, metrics, jax.tree.map(jnp.asarray, group), batch_size)
     error, weight = errors(model.w[...], group), group["weight"]
-    expected = {"loss": (np.sum(error**2 * weight), np.sum(weight)), "error": (np.sum(error), 7)}
+    expected = {
+        "loss": (np.sum(error**2 * weight), np.sum(weight)),
+        "error": (np.sum(error), 7),
+        "training": (0, 7),
+    }
     assert totals.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(totals[name], expected[name], rtol=1e-5)
@@ -123,6 +129,7 @@ def test_an_epoch_trains_every_group_by_its_own_gradient(two_seeds):
         norms = np.linalg.norm(expected[trained[-1]], axis=-1)
         np.testing.assert_allclose(logged["grad_norm"], norms, rtol=1e-4)
         assert int(after["step"]) == step + 1
+        np.testing.assert_array_equal(logged["training"], [1, 1])
         np.testing.assert_array_equal(after["stats"]["calls"], [1, 1])
         # Adam's first step is of one learning rate, against the gradient
         moved = (np.asarray(after["params"]["w"]) - before) / CONFIG.learning_rate
@@ -136,6 +143,7 @@ def test_evaluation_is_the_mean_over_all_groups_without_preparation(two_seeds):
     values = program.evaluate(state, groups)
     expected = [mean_loss(w, GROUPS) for w in np.asarray(state["params"]["w"])]
     np.testing.assert_allclose(values["loss"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(values["training"], [0, 0])
     means_of_means = np.mean([[mean_loss(w, [g]) for g in GROUPS] for w in state["params"]["w"]], 1)
     assert np.all(np.abs(means_of_means / expected - 1) > 1e-2)  # the two can be told apart
 

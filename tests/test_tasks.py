@@ -119,9 +119,14 @@ DOCUMENTS = ["abcab", "", "ba", "bcabcabcaabbccabc", "ab", "cabbacbabcabcab", "c
 
 @pytest.fixture
 def text_task(monkeypatch):
-    packed = pack_documents([list(text.encode()) for text in DOCUMENTS], LENGTH, END)
-    monkeypatch.setattr(language, "load_text", lambda *_: packed)
-    task = language.load(config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH))
+    config = config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH)
+
+    def load_text(name, split, data_dir, tokenizer, length):
+        documents = DOCUMENTS if split == config.eval_split else DOCUMENTS[::-1]
+        return pack_documents(map(tokenizer.encode, documents), length, END)
+
+    monkeypatch.setattr(language, "load_text", load_text)
+    task = language.load(config)
     return task, filled(lambda: task.make_model(nnx.Rngs(0)))
 
 
@@ -238,8 +243,12 @@ def test_all_sentences_are_translated_in_batches_of_one_shape(bpe, monkeypatch):
 @pytest.fixture
 def pair_task(monkeypatch):
     """The task of PAIRS, and three models: each maps a source to its translation."""
-    monkeypatch.setattr(translation, "read_texts", lambda *_: iter(PAIRS))
     config = config_of(translation_enfr, vocab_size=400, boundaries=(64,), eval_translations=3)
+
+    def read_texts(name, split, *_):
+        return iter(PAIRS if split == config.eval_split else PAIRS[::-1])
+
+    monkeypatch.setattr(translation, "read_texts", read_texts)
     tokenizer = Bpe.train([text for pair in PAIRS for text in pair], vocab_size=400)
 
     def translate(model, source, max_len, *, beam_size):
@@ -268,6 +277,7 @@ def test_bleu_and_translations_of_every_model(pair_task, tmp_path):
         f"en:   {brother}\nfr:   {first[brother]}\nours: {shorter[brother]}\n"
     )
     saved = Bpe.load(tmp_path / "bpe.json")
-    (bucket,) = pair_task.train_groups
-    assert [saved.decode(row) for row in bucket.target_out] == [french for _, french in PAIRS]
-    assert [saved.decode(row) for row in bucket.source] == [english for english, _ in PAIRS]
+    for groups, pairs in ((pair_task.train_groups, PAIRS[::-1]), (pair_task.eval_groups, PAIRS)):
+        (bucket,) = groups
+        decoded = [tuple(map(saved.decode, rows)) for rows in zip(*bucket, strict=True)]
+        assert decoded == [(english, french, french) for english, french in pairs]

@@ -15,7 +15,7 @@ from bdia_jax.models.resnet import ResNet
 from bdia_jax.models.vit import ViT
 from train.augment import augment
 from train.config import Config, ImageInput, ResNetConfig
-from train.datasets.registry import open_split
+from train.datasets.registry import in_chunks, open_split
 from train.evaluation import group_totals
 from train.task import Metrics, Task
 
@@ -85,8 +85,8 @@ def load_images(name: str, split: str, data_dir: str = "") -> tuple[Images, int]
     Raises:
         FileNotFoundError, ValueError: as `train.datasets.registry.open_split`.
     """
-    source, builder = open_split(name, split, data_dir)
-    examples = [(example["image"], example["label"]) for example in source]
+    source, builder = open_split(name, split, data_dir, "image", "label")
+    examples = [(example["image"], example["label"]) for example in in_chunks(source)]
     images = np.stack([image for image, _ in examples])
     labels = np.asarray([label for _, label in examples], np.int32)
     num_classes = builder.info.features["label"].num_classes
