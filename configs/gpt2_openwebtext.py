@@ -35,11 +35,11 @@ SCALES = {
         **{
             "train_split": "train[:8]",
             "eval_split": "validation[:8]",
-            "learning_rate": 4e-3,
+            "learning_rate": 3e-3,
             "batch_size": 8,
         },
-        **{"num_steps": 1000, "warmup_steps": 50},
-        **{"log_every_steps": 50, "eval_every_steps": 100, "checkpoint_every_steps": 1000},
+        **{"num_steps": 2500, "warmup_steps": 100},
+        **{"log_every_steps": 50, "eval_every_steps": 250, "checkpoint_every_steps": 2500},
     },
 }
 

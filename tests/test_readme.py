@@ -1,5 +1,6 @@
 """The README's program runs, its commands exist, and its numbers are those of the result files."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -55,15 +56,33 @@ def test_memory_and_time_row(label, name):
     assert row in README, row
 
 
-def test_digits_numbers():
-    digits = result("digits")["results"]
+@pytest.mark.parametrize(
+    ("label", "experiment", "column"),
+    [
+        ("digits: accuracy, %", "vit_digits", "accuracy"),
+        ("CIFAR-10: accuracy, %", "vit_cifar10_small", "accuracy"),
+        ("CIFAR-10: loss", "vit_cifar10_small", "loss"),
+        ("GPT-2: loss", "gpt2_openwebtext_small", "loss"),
+        ("translation: loss", "translation_enfr_small", "loss"),
+        ("translation: BLEU", "translation_enfr_small", "bleu"),
+    ],
+)
+def test_small_experiment_row(label, experiment, column):
+    with (ROOT / "benchmarks" / "results" / f"{experiment}.csv").open() as file:
+        table = {row["run"]: row[column] for row in csv.DictReader(file)}
+    cells = [table.get(run, "") for run in ("plain", "bdia", "revnet")]
+    row = f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |")
+    assert row in README, row
 
-    def percent(name):
-        return f"{100 * digits[name]['mean_accuracy']:.1f}"
 
-    assert f"| {percent('bdia')} % (plain ViT {percent('plain')} %) |" in README
-    bdia, plain = (digits[name]["runs"][0]["temp_bytes"] / MIB for name in ("bdia", "plain"))
-    assert f"{bdia:.1f} MiB against {plain:.1f} MiB" in README
+def test_vit_memory_row():
+    results = result("vit_memory")["results"]
+    for run, label in (("plain", "ViT"), ("revnet", "RevViT"), ("bdia", "BDIA-ViT")):
+        row = results[run]
+        paper = result("vit_memory")["config"]["paper_mb"]
+        cells = f"{row['total_bytes'] / MIB:.0f} MiB | {row['ratio_to_plain']:.2f}"
+        cells += f" | {paper[run]} MB | {paper[run] / paper['plain']:.2f}"
+        assert f"| {label} | {cells} |" in README, cells
 
 
 @pytest.mark.parametrize(

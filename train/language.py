@@ -55,14 +55,16 @@ def load(config: Config) -> Task:
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """Samples: the beginnings of four held-out sequences, continued by the first model."""
         start = options.length // 4
-        prompt = held_out[:4, :start]
+        prompts = held_out[:, :start]
+        of_one_document = (prompts[:, 1:] != tokenizer.end_of_text).all(-1)  # as in training
+        prompt = prompts[jnp.argsort(~of_one_document)[:4]]
         key = jax.random.key(config.seed)
         tokens = generate(models[0], prompt, options.length - start, key=key, temperature=0.8)
         samples = [
             f"{tokenizer.decode(row[:start])}\n--- continued:\n{tokenizer.decode(row[start:])}\n"
             for row in tokens.tolist()
         ]
-        (workdir / "samples.txt").write_text("\n==========\n".join(samples))
+        (workdir / "samples.txt").write_text("\n==========\n".join(samples), "utf-8")
         return {}
 
     return Task(

@@ -58,7 +58,7 @@ def load(config: Config) -> Task:
             f"en:   {source}\nfr:   {' / '.join(reference)}\nours: {output}\n"
             for (source, reference), output in zip(references.items(), outputs[0], strict=True)
         ]
-        (workdir / "translations.txt").write_text("\n".join(lines))
+        (workdir / "translations.txt").write_text("\n".join(lines), "utf-8")
         return {"bleu": scores}
 
     count = sum(len(bucket.source) for bucket in train)
