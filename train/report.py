@@ -235,9 +235,11 @@ def report(workdir: Path, out: Path) -> str:
     """
     module, about, runs = read_sweep(workdir)
     metric = getattr(module, "METRIC", "accuracy")
-    changes = [f"{k}={v}" for k, v in about["overrides"].items()]
+    changes = [f"{k}={v}" for k, v in about["overrides"].items() if k != "num_seeds"]
     changes += [f"scale {about['scale']}"] if about["scale"] else []
-    title = module.__doc__.splitlines()[0] + (f" ({', '.join(changes)})" if changes else "")
+    title = module.__doc__.splitlines()[0].rstrip(".") + (
+        f" ({', '.join(changes)})" if changes else ""
+    )
     stem = "_".join(filter(None, (Path(about["config"]).stem, about["scale"])))
     table = rows(runs, metric)
     out.mkdir(parents=True, exist_ok=True)
