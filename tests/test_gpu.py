@@ -3,6 +3,8 @@
 `check` holds the claim; its toy size runs on any device. Run the rest with `-m gpu`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,6 +13,7 @@ from toy import GRAD_TOLERANCE, assert_grads_close
 
 from bdia_jax import FixedPoint
 from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.models.resnet import ResNet
 from bdia_jax.nnx import BDIAStack
 
 TOY = {"batch": 2, "tokens": 5, "width": 16, "depth": 4}
@@ -77,3 +80,27 @@ def test_the_suggested_guard_bits_are_enough_on_the_gpu(dtype):
     suggested = make_stack(512, 24, dtype, 1).audit(x).suggested_guard_bits
     assert suggested is not None
     assert make_stack(512, 24, dtype, suggested).audit(x).exact
+
+
+def check_convolutions(batch, size, width, dtype):
+    """A ResNet's stage, whose convolution kernels may differ between the passes: bits suggested
+    by the audit are enough."""
+    make = partial(ResNet, (size, size, 3), widths=(width,), depths=(5,), dtype=dtype)
+    x = jax.random.normal(jax.random.key(1), (batch, size, size, width))
+    audit = make(rngs=nnx.Rngs(0)).stacks[0].audit(x, rngs=nnx.Rngs(1))
+    print(f"{dtype.__name__} {audit}")
+    assert audit.suggested_guard_bits is not None
+    enough = FixedPoint(guard_bits=audit.suggested_guard_bits)
+    stack = make(rngs=nnx.Rngs(0), stack=partial(BDIAStack, fixed_point=enough)).stacks[0]
+    assert stack.audit(x, rngs=nnx.Rngs(1)).exact
+    return audit
+
+
+def test_the_check_of_convolutions_at_toy_size():
+    assert check_convolutions(2, 4, 8, jnp.float32).elements == 2 * 4 * 4 * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_convolutions_on_the_gpu(dtype):
+    check_convolutions(128, 32, 64, dtype)

@@ -79,10 +79,9 @@ def _read_run(workdir: Path, paper: float | None) -> Run:
     final = {name: _seeds(last, name) for name in last if name not in NOT_METRICS}
     for record in of_kind["final"]:
         final |= {name: _seeds(record, name) for name in record if name not in NOT_METRICS}
+    # the first epoch is for warming up
     later = [r for r in of_kind["train"] if r["step"] > start["steps_per_epoch"]]
-    speeds = [
-        r["examples_per_second"] for r in later or of_kind["train"]
-    ]  # first epoch: warming up
+    speeds = [r["examples_per_second"] for r in later or of_kind["train"]]
     examples = start["steps_per_epoch"] * config["batch_size"] * config["num_seeds"]
     return Run(
         name=workdir.name,
