@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -63,8 +64,6 @@ def test_memory_and_time_row(label, name):
         ("CIFAR-10: accuracy, %", "vit_cifar10_small", "accuracy"),
         ("CIFAR-10: loss", "vit_cifar10_small", "loss"),
         ("GPT-2: loss", "gpt2_openwebtext_small", "loss"),
-        ("translation: loss", "translation_enfr_small", "loss"),
-        ("translation: BLEU", "translation_enfr_small", "bleu"),
     ],
 )
 def test_small_experiment_row(label, experiment, column):
@@ -73,6 +72,20 @@ def test_small_experiment_row(label, experiment, column):
     cells = [table.get(run, "") for run in ("plain", "bdia", "revnet")]
     row = f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |")
     assert row in README, row
+
+
+def test_text_about_the_small_vits():
+    results = result("vit_cifar10_small")["results"]
+    losses = {run: results[run]["curves"]["eval"]["loss"][1] for run in ("plain", "bdia")}
+    said = {run: f"from {min(loss):.2f} to {loss[-1]:.2f}" for run, loss in losses.items()}
+    text = " ".join(README.split())
+    assert f"rises {said['plain']}, that of BDIA-ViT {said['bdia']}" in text
+    costs = {}
+    for run in said:
+        means = {k: 100 * np.mean(v) for k, v in results[run]["final"].items() if "gamma" in k}
+        costs[run] = means["accuracy_gamma_0.0"] - min(means.values())
+    assert f"BDIA-ViT up to {costs['bdia']:.1f} points of accuracy" in text
+    assert f"the plain ViT up to {costs['plain']:.1f}." in text
 
 
 def test_vit_memory_row():
