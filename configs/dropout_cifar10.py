@@ -5,6 +5,8 @@
 
 Paper, dropout 0, 0.1, 0.2: ViT 86.27, 88.15, 87.24 %; BDIA-ViT 89.20, 89.10, 88.22 %. In all else
 as configs/vit_cifar10.py.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

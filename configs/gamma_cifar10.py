@@ -5,6 +5,8 @@
 
 Paper: 88.15, 88.79, 89.12, 88.89 %. No quantization and stored activations, as there; gamma 0
 is the plain ViT. In all else as configs/vit_cifar10.py.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

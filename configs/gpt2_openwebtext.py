@@ -11,6 +11,8 @@ seeing each other. `:small` is a CPU's share of it: four blocks of width 64 on t
 
 The data: `python -m train.prepare openwebtext_sample --from openwebtext.jsonl`. Tokens: GPT-2's, by
 tiktoken.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

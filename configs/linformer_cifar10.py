@@ -5,6 +5,8 @@
 
 Paper: Linformer 84.16 %, with BDIA 86.6 %. Keys and values are projected from 65 tokens to 32, a
 choice of ours. In all else as configs/vit_cifar10.py.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,8 @@
 
 Paper, l = 5, 0, -2: ViT 87.90, 87.76, 84.31 %; BDIA-ViT 89.50, 88.47, 84.16 %. ViT's states are
 quantized too, without gamma. In all else as configs/vit_cifar10.py.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,8 @@
 Paper: ResNet-15 92.93 %, with BDIA 93.61 %. Its layout is not given; ours has three stages of
 five pre-activation blocks, 64, 128 and 256 wide. RandAugment is left out, as usual for ResNets
 on CIFAR, and the learning rate is 1e-3. In all else as configs/vit_cifar10.py.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,8 @@ and six blocks; width 512, mlp 2048 and a BPE of 8,000 for both languages are ou
 a CPU's share of it: three and three blocks of width 64 on 10,000 of the pairs.
 
 The data: `python -m train.prepare kaggle_enfr --from eng_-french.csv`.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

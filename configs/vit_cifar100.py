@@ -4,6 +4,8 @@
     python -m train.report runs/vit_cifar100
 
 Paper: ViT 61.86 %, RevViT 61.89 %, BDIA-ViT 66.09 %. As configs/vit_cifar10.py in all else.
+
+Ours: not run at this size yet.
 """
 
 from ml_collections import ConfigDict

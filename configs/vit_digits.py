@@ -2,8 +2,8 @@
 
     python -m train --config=configs/vit_digits.py --workdir=runs/digits
 
-One minute on two CPU cores. Other systems: configs/vit_digits.py:plain, :quantized, :revnet,
-:midpoint; all of them with five seeds each:
+One minute on two CPU cores. Five seeds: BDIA-ViT 98.38 +- 0.64, ViT 98.55 +- 0.50 %. Other systems:
+configs/vit_digits.py:plain, :quantized, :revnet, :midpoint; all of them with five seeds each:
 
     python -m train.sweep --config=configs/vit_digits.py --config.num_seeds=5
 """

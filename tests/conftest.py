@@ -42,10 +42,15 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quick_compile(tmp_path_factory):
+def compile_cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")  # and no longer: exactness is tested in optimized programs
+def quick_compile(compile_cache):
     """Unoptimized programs, kept for who needs them again: compiling is what tiny runs cost."""
     changed = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": compile_cache,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_disable_most_optimizations": True,

@@ -76,7 +76,7 @@ def tanh_gelu(x):
 def test_the_plain_model_is_gpt2(plain):
     actual = run(plain, TOKENS)
     tokens = np.asarray(TOKENS)
-    assert relative_error(actual, reference_logits(plain, tokens, tanh_gelu)) < 1e-6
+    assert relative_error(actual, reference_logits(plain, tokens, tanh_gelu)) < 5e-6
     exact_gelu = lambda x: np.asarray(jax.nn.gelu(x, approximate=False))  # noqa: E731
     assert relative_error(actual, reference_logits(plain, tokens, exact_gelu)) > 1e-5
 

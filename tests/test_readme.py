@@ -63,7 +63,6 @@ def test_memory_and_time_row(label, name):
         ("digits: accuracy, %", "vit_digits", "accuracy"),
         ("CIFAR-10: accuracy, %", "vit_cifar10_small", "accuracy"),
         ("CIFAR-10: loss", "vit_cifar10_small", "loss"),
-        ("GPT-2: loss", "gpt2_openwebtext_small", "loss"),
     ],
 )
 def test_small_experiment_row(label, experiment, column):

@@ -63,6 +63,7 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             return finished
     task = load_task(config)
     path = open_workdir(workdir, config)  # only now, so that bad data leaves no folder behind
+    fingerprint = _check_same_data(path, task)
     program = make_program(config, task)
     train_steps = compile_steps(program, task)
     memory = planned_memory(train_steps)
@@ -83,7 +84,6 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             config.batch_size * config.num_seeds,
             memory.temp_size_in_bytes + memory.argument_size_in_bytes,
         )
-        fingerprint = _check_same_data(path, task)
         log.start(
             command=command,
             fingerprint=fingerprint,
