@@ -87,6 +87,14 @@ def test_text_about_the_small_vits():
     assert f"the plain ViT up to {costs['plain']:.1f}." in text
 
 
+@pytest.mark.parametrize("experiment", ["vit_digits", "vit_cifar10_small"])
+def test_config_says_what_we_got(experiment):
+    config = ROOT / "configs" / f"{experiment.removesuffix('_small')}.py"
+    with (ROOT / "benchmarks" / "results" / f"{experiment}.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert row["accuracy"].replace("±", "+-") in config.read_text(), row
+
+
 def test_vit_memory_row():
     results = result("vit_memory")["results"]
     for run, label in (("plain", "ViT"), ("revnet", "RevViT"), ("bdia", "BDIA-ViT")):

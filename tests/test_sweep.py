@@ -114,7 +114,21 @@ def test_paper_column_stands_at_the_papers_size_only(swept):
     assert rows(with_paper, "accuracy")[0]["paper"] == "89.10"
 
 
-def test_whole_paper_in_one_command(tmp_path, data_dir, capsys):
+def test_paper_sweeps_and_reports(tmp_path, data_dir):
+    out = tmp_path / "out"
+    arguments = ["--workdir", tmp_path / "runs", "--out", out, "--scale", "smoke"]
+    arguments += ["--only", "vit_cifar100", "--set", f"data_dir={data_dir}", "num_seeds=1"]
+    paper_main([str(word) for word in arguments])
+    text = (out / "vit_cifar100_smoke.json").read_text()
+    assert set(json.loads(text)["results"]) == {"bdia", "plain", "revnet"}
+    command = "python -m train.paper --scale smoke --only vit_cifar100 --set num_seeds=1"
+    assert json.loads(text)["command"] == command
+    for file in out.glob("*_smoke.*"):
+        if file.suffix != ".png":
+            assert str(tmp_path) not in file.read_text() and data_dir not in file.read_text()
+
+
+def test_whole_paper_stops_at_what_it_cannot_do(tmp_path, data_dir, capsys):
     arguments = ["--workdir", tmp_path / "runs", "--out", tmp_path / "out", "--scale", "smoke"]
     arguments += ["--only", "vit_digits", "vit_cifar10"]
     arguments += ["--set", f"data_dir={data_dir}", "dataset=no_such_set"]

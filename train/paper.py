@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of all sweeps")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
-    parser.add_argument("--scale", default="", help="smoke or small, in place of the paper's size")
+    parser.add_argument("--scale", default="", help="smoke, or small for --only those with it")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=[*EXPERIMENTS])
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="changes of every config"

@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, task: Task) -> Program:
-    """Traces what a run needs; nothing is compiled yet, and no parameter made."""
+    """What a run needs, no step compiled yet (`compile_steps` does) and no parameter made."""
     sizes = [group_size(group) for group in task.train_groups]
     batches = Batches(sizes, config.batch_size)
     schedule = make_schedule(config)

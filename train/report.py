@@ -117,8 +117,13 @@ def _curves(records: list[dict]):
 
 def _command(command: str) -> str:
     """The command line without folders of the machine it ran on."""
-    words = shlex.split(command)
-    return shlex.join(w for w in words if not w.startswith(("--workdir", "--config.data_dir")))
+    kept, skip = [], False
+    for word in shlex.split(command):
+        is_folder = word.split("=")[0] in ("--workdir", "--out", "--config.data_dir", "data_dir")
+        if not skip and not is_folder:
+            kept.append(word)
+        skip = is_folder and word.startswith("--") and "=" not in word  # its value comes next
+    return shlex.join(kept)
 
 
 def rows(runs: list[Run], metric: str) -> list[dict[str, str]]:
