@@ -125,6 +125,33 @@ def check_magnitude(magnitude: float, fixed_point, backprop: str) -> None:
     )
 
 
+def check_chunks(functions: int, x0, batch_chunks, token_chunks) -> tuple[int, ...]:
+    """token_chunks, a number for each function."""
+    counts = token_chunks
+    if not isinstance(token_chunks, tuple):
+        counts = (token_chunks,) * functions
+    if len(counts) != functions:
+        raise ValueError(
+            f"token_chunks is {token_chunks}, expected an int or one for each of {functions} "
+            "function(s) of the block"
+        )
+    for name, count in (("batch_chunks", batch_chunks), *(("token_chunks", c) for c in counts)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} is {count!r}, expected a positive int")
+    if x0.shape[0] % batch_chunks:
+        raise ValueError(
+            f"batch_chunks={batch_chunks} does not divide the batch of x of shape {x0.shape}; "
+            f"take a divisor of {x0.shape[0]}"
+        )
+    for count in counts:
+        if count > 1 and (x0.ndim < 3 or x0.shape[1] % count):
+            raise ValueError(
+                f"token_chunks={count} needs x of shape [B, T, ..., D] with T divisible by it, "
+                f"but x has shape {x0.shape}"
+            )
+    return counts
+
+
 def check_block(block_fn, params, x0, consts, has_aux):
     """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
 

@@ -1,7 +1,6 @@
 """audit: is the rebuild exact for this block, on this device, as compiled here?"""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ import numpy as np
 from jax.core import Tracer
 
 from bdia_jax.fixed_point import FixedPoint, quantize
-from bdia_jax.scan import Split, forward_scan, prepare, reverse_scan
+from bdia_jax.scan import BlockFn, forward_scan, prepare, reverse_scan
+from bdia_jax.split import Split
 
 # A drift seen once may be larger on other data: suggest room for twice as much.
 _SAFETY = 2.0
@@ -79,13 +79,15 @@ class Audit:
 
 
 def audit(
-    block_fn: Callable[..., Any],
+    block_fn: BlockFn,
     params: Any,
     x0: jax.Array,
     gamma: jax.Array | None,
     *consts: Any,
     fixed_point: FixedPoint = FixedPoint(),
     has_aux: bool = False,
+    batch_chunks: int = 1,
+    token_chunks: int | tuple[int, ...] = 1,
 ) -> Audit:
     """Runs forward and backward as training compiles them, and compares every rebuilt bit.
 
@@ -95,8 +97,8 @@ def audit(
     All K states are kept for the comparison: take a batch for which they fit.
 
     Args:
-        block_fn, params, x0, gamma, consts, fixed_point, has_aux: as in `bdia_scan`. gamma
-            must be given: without it nothing is rebuilt.
+        block_fn, params, x0, gamma, consts, fixed_point, has_aux, batch_chunks, token_chunks:
+            as in `bdia_scan`. gamma must be given: without it nothing is rebuilt.
 
     Returns:
         An `Audit`; print it, or test `audit(...).exact`.
@@ -115,7 +117,8 @@ def audit(
     if gamma is None:
         raise ValueError("gamma is None, so nothing is rebuilt; pass gamma=sample_gamma(...)")
     static, operands, _ = prepare(
-        block_fn, params, x0, gamma, consts, fixed_point, "reversible", has_aux
+        *(block_fn, params, x0, gamma, consts, fixed_point, "reversible", has_aux),
+        *(batch_chunks, token_chunks),
     )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
@@ -170,7 +173,7 @@ def _backward(static, operands, probe: bool):
     keep_state = (lambda n_prev, pre_round: (n_prev, pre_round)) if probe else None
     (n_prev, n_last), (kept, packed) = forward_scan(static, params, x0, gamma, consts, keep_state)
     aux_like = jax.eval_shape(lambda: forward_scan(static, params, x0, gamma, consts)[1][0])
-    ct_aux = [jnp.ones(leaf.shape, leaf.dtype) for leaf in aux_like.diff]
+    ct_aux = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), aux_like.diff)
     ct_x = n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
 
     def compare(states_k, rebuilt, correction, pre_round):

@@ -3,18 +3,21 @@
 import jax
 import jax.numpy as jnp
 
+from bdia_jax.branches import Blocks, value
 from bdia_jax.fixed_point import dequantize, quantize, straight_through
 from bdia_jax.recurrence import mix, step_any_gamma
-from bdia_jax.split import Block, Split, per_sample
+from bdia_jax.split import Split, per_sample
 
 
-def autodiff_scan(block: Block, fixed_point, params: Split, x0, gamma, consts: Split, remat: bool):
+def autodiff_scan(
+    blocks: Blocks, fixed_point, params: Split, x0, gamma, consts: Split, remat: bool
+):
     """The recurrence in a form JAX differentiates; `x` shadows `n` to carry gradients."""
 
     def exact_body(carry, block_inputs):
         (n_prev, x_prev), (n, x) = carry
         params_k, gamma_k = block_inputs
-        h, aux = block(params_k, x, consts)
+        h, aux = value(blocks, params_k, x, consts)
         if gamma_k is None:
             y = x + h
             n_next = quantize(y, fixed_point)
@@ -28,7 +31,7 @@ def autodiff_scan(block: Block, fixed_point, params: Split, x0, gamma, consts: S
     def float_body(carry, block_inputs):
         x_prev, x = carry
         params_k, gamma_k = block_inputs
-        h, aux = block(params_k, x, consts)
+        h, aux = value(blocks, params_k, x, consts)
         if gamma_k is None:
             return (x, x + h), aux
         gamma_x = per_sample(gamma_k, x)

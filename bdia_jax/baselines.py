@@ -102,11 +102,7 @@ class RevStack(_FloatStack):
         backprop: str = "reversible",
     ):
         super().__init__(make_block, depth, rngs=rngs, backprop=backprop)
-        is_state = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
-        names = [
-            ".".join(map(str, path)) for path, _ in nnx.state(self.blocks, is_state).flat_state()
-        ]
-        if names:
+        if names := self.state_names():
             raise ValueError(
                 f"the block has state ({', '.join(names)}), which f and g would both update; "
                 "take a block without, or MidpointStack"

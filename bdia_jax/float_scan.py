@@ -166,7 +166,8 @@ def _prepare(
         coefficients, depth, len(block_fns), x.shape[0], must_be_reversible
     )
     prepared = [split_block(fn, params, x, consts, has_aux) for fn in block_fns]
-    blocks, merge_aux = zip(*prepared, strict=True)
+    blocks, aux_shapes = zip(*prepared, strict=True)
+    merge_aux = tuple(split(shape)[1] for shape in aux_shapes)
     states = (x_prev.astype(jnp.float32), x.astype(jnp.float32))
     return _Call(blocks, merge_aux, (split(params)[0], states, coefficients, split(consts)[0]))
 

@@ -1,6 +1,7 @@
 """BDIAStack for Flax NNX: K copies of any user block, trained reversibly."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ from flax import nnx
 from bdia_jax._checks import check_magnitude
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
+from bdia_jax.parts import choose_parts
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
-from bdia_jax.stacked import Stack, call_whole, draw, stacked_params
+from bdia_jax.stacked import Stack, call_branch, call_whole, draw, stacked_params
 
 __all__ = ["BDIAStack", "stacked_params"]
 
@@ -36,6 +38,8 @@ class BDIAStack(Stack):
             0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`; the first two may be set later too
             (`stack.backprop = "store"`).
+        by_branch, batch_chunks, token_chunks: evaluate less than a block at a time, to hold
+            less: see below. May be set later too (`stack.batch_chunks = 4`).
         inference_gamma: the constant gamma_1 .. gamma_{K-1} of eq. 10 at inference, from
             -0.5 to 0.5: another solver of the same ODE, as in Fig. 1 of the paper. 0 is the
             unchanged transformer. May be set later too (`stack.inference_gamma = 0.2`).
@@ -47,6 +51,20 @@ class BDIAStack(Stack):
 
     Raises:
         ValueError: a depth below 1, or inference_gamma outside [-0.5, 0.5].
+
+    What a deep stack still needs is the backward pass of one block. Three arguments make it less;
+    `block_fn`, `batch_chunks` and `token_chunks` of `bdia_jax.bdia_scan` say how:
+
+        batch_chunks=n: a block is evaluated n times, each on a part of the batch (consts with a
+            leading axis B are cut too). Costs nothing but smaller matrix products.
+        by_branch=True: the residuals of one branch at a time, for one more evaluation of all
+            branches but the last. The block names them in a class attribute, methods
+            (x, *consts) -> r: `branches = ("f", "g")` is h = f(x) + g(x + f(x)).
+        token_chunks=n: by_branch, and those branches the block also names in `per_token`, such as
+            an MLP, are evaluated n times, each on a part of axis 1.
+
+    They are for blocks without other state than random streams; at inference a block with state
+    is evaluated whole. Dropout draws another mask with them, the same in every backprop.
 
     Dropout inside a block draws from a key of its own per block and call, the same in the
     forward and the backward pass. Variables that are neither parameters nor random state
@@ -73,11 +91,17 @@ class BDIAStack(Stack):
         fixed_point: FixedPoint | None = FixedPoint(),
         backprop: str = "reversible",
         has_aux: bool = False,
+        by_branch: bool = False,
+        batch_chunks: int = 1,
+        token_chunks: int = 1,
         inference_gamma: float = 0.0,
     ):
         super().__init__(make_block, depth, rngs=rngs, backprop=backprop, has_aux=has_aux)
         self.magnitude = magnitude
         self.fixed_point = fixed_point
+        self.by_branch = by_branch
+        self.batch_chunks = batch_chunks
+        self.token_chunks = token_chunks
         self.inference_gamma = inference_gamma
 
     @property
@@ -105,20 +129,14 @@ class BDIAStack(Stack):
         """
         rngs = self.rngs if rngs is None else rngs
         gamma = self._gamma(x.shape[0], rngs)
-        pure = self.pure(rngs, call_whole)
         backprop = self.backprop
         if self.deterministic and gamma is not None and backprop == "reversible":
             backprop = "store"  # the same forward bits, for gamma of any magnitude
-        out, aux = bdia_scan(
-            pure.block_fns[0],
-            pure.params,
-            x,
-            gamma,
-            *consts,
-            fixed_point=self.fixed_point,
-            backprop=backprop,
-            has_aux=True,
-        )
+        pure, block_fn, chunks = self._parts(x, rngs)
+        options = {"fixed_point": self.fixed_point, "backprop": backprop, "has_aux": True}
+        out, aux = bdia_scan(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
+        if isinstance(block_fn, tuple):  # branches have no state, and aux each
+            aux = (tuple(aux_i for aux_i, _ in aux), None)
         return self.finish(out, aux, pure.has_state)
 
     def audit(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Audit:
@@ -134,16 +152,26 @@ class BDIAStack(Stack):
             )
         rngs = self.rngs if rngs is None else rngs
         gamma = self._gamma(x.shape[0], rngs)
-        pure = self.pure(rngs, call_whole)
-        return audit(
-            pure.block_fns[0],
-            pure.params,
-            x,
-            gamma,
-            *consts,
-            fixed_point=self.fixed_point,
-            has_aux=True,
+        pure, block_fn, chunks = self._parts(x, rngs)
+        options = {"fixed_point": self.fixed_point, "has_aux": True}
+        return audit(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
+
+    def _parts(self, x: jax.Array, rngs: nnx.Rngs):
+        """(Pure, block_fn of `bdia_scan`, its batch_chunks and token_chunks)."""
+        parts = choose_parts(
+            self.blocks,
+            x.shape,
+            by_branch=self.by_branch,
+            batch_chunks=self.batch_chunks,
+            token_chunks=self.token_chunks,
+            state=self.state_names(),
+            deterministic=self.deterministic,
         )
+        if not parts.branches:
+            pure = self.pure(rngs, call_whole)
+            return pure, pure.block_fns[0], parts.chunks
+        pure = self.pure(rngs, *(partial(call_branch, name) for name in parts.branches))
+        return pure, pure.block_fns, parts.chunks
 
     def _gamma(self, batch_size: int, rngs: nnx.Rngs) -> jax.Array | None:
         """[K, B] drawn in training; [K, 1] constant, or None for zero, at inference."""

@@ -13,15 +13,26 @@ import jax.numpy as jnp
 
 from bdia_jax import _checks
 from bdia_jax.autodiff import autodiff_scan
+from bdia_jax.branches import (
+    Blocks,
+    add_consts,
+    cut_consts,
+    fold,
+    make_blocks,
+    value,
+    value_and_vjp,
+)
+from bdia_jax.chunks import cut, loop, put
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import inverse_step, step
-from bdia_jax.split import Block, Split, per_sample, split, split_block
+from bdia_jax.split import Split, per_sample, split
 
 PyTree = Any
+BlockFn = Callable[..., Any] | tuple[Callable[..., Any], ...]
 
 
 def bdia_scan(
-    block_fn: Callable[..., Any],
+    block_fn: BlockFn,
     params: PyTree,
     x0: jax.Array,
     gamma: jax.Array | None,
@@ -29,6 +40,8 @@ def bdia_scan(
     fixed_point: FixedPoint | None = FixedPoint(),
     backprop: str = "reversible",
     has_aux: bool = False,
+    batch_chunks: int = 1,
+    token_chunks: int | tuple[int, ...] = 1,
 ) -> Any:
     """Runs K residual blocks as a BDIA-transformer (arXiv 2407.09093) and returns x_K.
 
@@ -47,6 +60,9 @@ def bdia_scan(
             k adds to the residual stream. x is float32 [B, ..., D], h any float dtype of the
             same shape. It must be deterministic (dropout takes its key from params_k) and
             must not close over traced values; those go through params or consts.
+            Or a tuple of such functions, the branches of a block: (f, g) is
+            h = f(x) + g(x + f(x)). The backward pass then holds the residuals of one branch at
+            a time, and evaluates every branch but the last once more.
         params: pytree of arrays stacked on a leading axis K. Float leaves get gradients;
             integers, booleans and PRNG keys ride along.
         x0: float32 or bfloat16 [B, ..., D].
@@ -61,9 +77,16 @@ def bdia_scan(
             the latter two take gamma of any magnitude, and only they can differentiate
             with gamma None.
         has_aux: whether block_fn returns (h, aux).
+        batch_chunks: parts of the batch a block is evaluated in, one after the other; the
+            backward pass needs memory for one part, and evaluates nothing more for it. The
+            block must treat samples alike and have no aux. Leaves of consts with a leading axis
+            B are cut too. Typed PRNG keys in params are folded with the part's index.
+        token_chunks: likewise parts of axis 1 of x [B, T, ..., D], for a block that treats
+            tokens alike (an MLP); one number, or one for each branch. It sees consts whole.
 
     Returns:
-        x_K, float32 [B, ..., D]; with `has_aux` also aux, stacked [K, ...], differentiable.
+        x_K, float32 [B, ..., D]; with `has_aux` also aux, stacked [K, ...], differentiable; a
+        tuple of them, one for each branch, if block_fn is a tuple.
         A state that is not finite or leaves +-2^(31 - frac_bits) makes x_K NaN there.
 
     Raises:
@@ -78,7 +101,10 @@ def bdia_scan(
         >>> jax.grad(loss)(w).shape
         (12, 16, 16)
     """
-    call = prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
+    call = prepare(
+        *(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux),
+        *(batch_chunks, token_chunks),
+    )
     if backprop == "reversible":
         try:
             result: Any = _reversible(call.static, *call.operands)
@@ -91,7 +117,7 @@ def bdia_scan(
             ) from error
     else:
         remat = backprop == "remat"
-        result = autodiff_scan(call.static.block, fixed_point, *call.operands, remat=remat)
+        result = autodiff_scan(call.static.blocks, fixed_point, *call.operands, remat=remat)
     x_last, aux = result
     if call.gamma_is_valid is not True:
         x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
@@ -99,11 +125,11 @@ def bdia_scan(
 
 
 class Static(NamedTuple):
-    """What is known at trace time: the block over split leaves, and the format."""
+    """What is known at trace time: the blocks over split leaves, and the format."""
 
-    block: Block
+    blocks: Blocks
     fixed_point: Any  # FixedPoint; None only on the way to autodiff_scan
-    merge_aux: Callable[[list, list], PyTree]
+    merge_aux: Callable[[Any, Any], PyTree]
 
 
 class Call(NamedTuple):
@@ -112,7 +138,18 @@ class Call(NamedTuple):
     gamma_is_valid: jax.Array | bool
 
 
-def prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux) -> Call:
+def prepare(
+    block_fn,
+    params,
+    x0,
+    gamma,
+    consts,
+    fixed_point,
+    backprop,
+    has_aux,
+    batch_chunks,
+    token_chunks,
+) -> Call:
     """Checks everything, and separates what is differentiated from what is not."""
     _checks.check_choices(fixed_point, backprop)
     params = _checks.as_arrays(params, "params")
@@ -122,8 +159,10 @@ def prepare(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux)
     gamma, gamma_is_valid = _checks.check_gamma(
         gamma, depth, x0.shape[0], fixed_point if backprop == "reversible" else None
     )
-    block, merge_aux = split_block(block_fn, params, x0, consts, has_aux)
-    static = Static(block, fixed_point, merge_aux)
+    blocks, merge_aux = make_blocks(
+        block_fn, params, x0, consts, has_aux, batch_chunks, token_chunks
+    )
+    static = Static(blocks, fixed_point, merge_aux)
     operands = (split(params)[0], x0, gamma, split(consts)[0])
     return Call(static, operands, gamma_is_valid)
 
@@ -148,7 +187,7 @@ def forward_scan(static: Static, params: Split, x0, gamma, consts: Split, probe=
         n_prev, n = carry
         params_k, gamma_k = block_inputs
         x = dequantize(n, fixed_point)
-        h, aux = static.block(params_k, x, consts)
+        h, aux = value(static.blocks, params_k, x, consts)
         if gamma_k is None:
             return (n, quantize(x + h, fixed_point)), (aux, None)
         n_next, side, pre_round = step(n_prev, n, h, per_sample(gamma_k, n), fixed_point)
@@ -204,34 +243,81 @@ def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents,
     `probe` is (look, inputs [K, ...]): `look(inputs_k, n_prev, correction, pre_round)` lets
     `audit` see every rebuild as training compiles it; its results come back stacked.
     """
-    fixed_point = static.fixed_point
     ct_x, (ct_aux, _) = cotangents
+    look, all_probe_inputs = probe or (None, None)
 
     def body(carry, block_inputs):
         n, n_next, u_here, u, ct_consts = carry
         params_k, gamma_k, packed_k, ct_aux_k, probe_inputs = block_inputs
-
-        def differentiable(diff, x, diff_consts):
-            h, aux = static.block(Split(diff, params_k.data), x, Split(diff_consts, consts.data))
-            return h, aux.diff
-
-        gamma_x = per_sample(gamma_k, n)
-        x = dequantize(n, fixed_point)
-        (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
-        side = unpack_bits(packed_k, fixed_point.side_bits, n.shape)
-        n_prev, correction, pre_round = inverse_step(n_next, n, h, gamma_x, side, fixed_point)
-
-        ct_params_k, ct_x_block, ct_consts_k = block_vjp(((1.0 + gamma_x) * u, ct_aux_k))
-        u_here = u_here + (1.0 - gamma_x) * u + ct_x_block
-        u_prev = gamma_x * u
-        ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_k)
-        seen = look and look(probe_inputs, n_prev, correction, pre_round)
+        operands = (params_k, consts, ct_aux_k)
+        undo = _undo if static.blocks.batch_chunks == 1 else _undo_in_parts
+        undone, ct_params_k, ct_consts, seen = undo(
+            static, operands, (gamma_k, packed_k, n), (n_next, u_here, u), ct_consts
+        )
+        n_prev, u_here, u_prev = undone
+        seen = look and look(probe_inputs, n_prev, *seen)
         return (n_prev, n, u_prev, u_here, ct_consts), (ct_params_k, seen)
 
     n_prev, n_last = last_states
     init = (n_prev, n_last, jnp.zeros_like(ct_x), ct_x, jax.tree.map(jnp.zeros_like, consts.diff))
-    look, all_probe_inputs = probe or (None, None)
     (_, n0, _, ct_x0, ct_consts), (ct_params, seen) = jax.lax.scan(
         body, init, (params, gamma, packed, ct_aux, all_probe_inputs), reverse=True
     )
     return (ct_params, ct_x0, ct_consts), (n0, seen)
+
+
+def _undo(static, operands, known, states, ct_consts):
+    """One block undone.
+
+    Args:
+        operands: (params_k, consts, ct_aux_k).
+        known: (gamma_k, packed_k, n_k).
+        states: (n_{k+1}, cotangent of x_k so far, that of x_{k+1}).
+        ct_consts: so far.
+
+    Returns:
+        (n_{k-1}, cotangent of x_k, that of x_{k-1} so far), shaped like `states`; the cotangent
+        of params_k; ct_consts; (correction, pre_round) as `inverse_step` returns them.
+    """
+    params_k, consts, ct_aux_k = operands
+    gamma_k, packed_k, n = known
+    n_next, u_here, u = states
+    fixed_point = static.fixed_point
+    gamma_x = per_sample(gamma_k, n)
+    h, (ct_params_k, ct_x_block, ct_consts_k) = value_and_vjp(
+        *(static.blocks.branches, params_k, dequantize(n, fixed_point), consts),
+        *((1.0 + gamma_x) * u, ct_aux_k),
+    )
+    side = unpack_bits(packed_k, fixed_point.side_bits, n.shape)
+    n_prev, correction, pre_round = inverse_step(n_next, n, h, gamma_x, side, fixed_point)
+    u_here = u_here + (1.0 - gamma_x) * u + ct_x_block
+    ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_k)
+    return (n_prev, u_here, gamma_x * u), ct_params_k, ct_consts, (correction, pre_round)
+
+
+def _undo_in_parts(static, operands, known, states, ct_consts):
+    """`_undo`, one part of the batch after the other, each overwriting its part of `states`."""
+    params_k, consts, ct_aux_k = operands
+    gamma_k, packed_k, n = known
+    count, batch = static.blocks.batch_chunks, len(n)
+    known = (jnp.broadcast_to(gamma_k, batch), packed_k, n)
+
+    def body(index, carry):
+        states, ct_params_k, ct_consts, seen = carry
+        known_i, states_i = jax.tree.map(lambda a: cut(a, index, count, 0), (known, states))
+        consts_i = Split(*(cut_consts(leaves, index, count, batch) for leaves in consts))
+        operands_i = (fold(params_k, index), consts_i, ct_aux_k)
+        zeros = jax.tree.map(jnp.zeros_like, consts_i.diff)
+        states_i, ct_params_i, ct_consts_i, seen_i = _undo(
+            static, operands_i, known_i, states_i, zeros
+        )
+        states, seen = jax.tree.map(
+            lambda whole, part: put(whole, part, index, 0), (states, seen), (states_i, seen_i)
+        )
+        ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
+        ct_consts = add_consts(ct_consts, ct_consts_i, index, count, batch)
+        return states, ct_params_k, ct_consts, seen
+
+    ct_params_k = jax.tree.map(jnp.zeros_like, params_k.diff)
+    seen = (jnp.zeros_like(n), jnp.zeros(n.shape, jnp.float32))  # dropped unless probed
+    return loop(count, body, (states, ct_params_k, ct_consts, seen))

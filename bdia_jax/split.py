@@ -38,8 +38,8 @@ def split(tree: PyTree) -> tuple[Split, Callable[[list, list], PyTree]]:
     return parts, merge
 
 
-def split_block(block_fn, params, x0, consts, has_aux) -> tuple[Block, Callable]:
-    """block_fn over splits, and the function that merges a split of its aux.
+def split_block(block_fn, params, x0, consts, has_aux) -> tuple[Block, PyTree]:
+    """block_fn over splits, and the shapes of its aux.
 
     The block returns (h in float32, Split of aux). What `check_block` refuses is refused, and
     every half-precision rounding is made explicit.
@@ -47,7 +47,6 @@ def split_block(block_fn, params, x0, consts, has_aux) -> tuple[Block, Callable]
     _, merge_params = split(params)
     _, merge_consts = split(consts)
     jaxpr, aux_shape = check_block(block_fn, params, x0, consts, has_aux)
-    _, merge_aux = split(aux_shape)
     if has_half_precision(jaxpr.jaxpr):
         block_fn = pin_rounding(block_fn)
 
@@ -56,7 +55,7 @@ def split_block(block_fn, params, x0, consts, has_aux) -> tuple[Block, Callable]
         h, aux = out if has_aux else (out, None)
         return h.astype(jnp.float32), split(aux)[0]
 
-    return block, merge_aux
+    return block, aux_shape
 
 
 def per_sample(gamma_k: jax.Array, x: jax.Array) -> jax.Array:

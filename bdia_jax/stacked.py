@@ -72,6 +72,12 @@ class Stack(nnx.Module):
         block_fns = tuple(pure_block(call) for call in calls)
         return Pure(block_fns, (weights, keys, counts, state), has_state)
 
+    def state_names(self) -> list[str]:
+        """The blocks' variables that are neither parameters nor random state (batch statistics)."""
+        is_state = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+        paths = nnx.state(self.blocks, is_state).flat_state()
+        return [".".join(map(str, path)) for path, _ in paths]
+
     def finish(self, out: Any, aux: tuple[Any, Any], has_state: bool) -> Any:
         """The result of a call, after the blocks' state is updated from the scan's aux."""
         aux, new_state = aux
@@ -91,6 +97,11 @@ class Pure(NamedTuple):
 def call_whole(block: Any, x: jax.Array, *consts: Any) -> Any:
     """The block's own h."""
     return block(x, *consts)
+
+
+def call_branch(name: str, block: Any, x: jax.Array, *consts: Any) -> Any:
+    """One branch of h, the block's method of that name."""
+    return getattr(block, name)(x, *consts)
 
 
 def stacked_params(model: nnx.Module) -> nnx.State:
