@@ -92,11 +92,21 @@ def value_and_vjp(branches, params: Split, x, consts: Split, ct_h, ct_aux):
     )
     h = r if h is None else h + r
     for branch, ct_aux_i in zip(branches[-2::-1], ct_aux[-2::-1], strict=True):
-        # else XLA would notice that this branch is evaluated twice, and keep the first's residuals
-        y, ct_y = jax.lax.optimization_barrier((ys.pop(), ct_y))
+        y = _after(ct_y, ys.pop())
         _, cotangents = _branch_vjp(branch, params, y, consts, ct_h + ct_y, ct_aux_i)
         ct_params, ct_y, ct_consts = jax.tree.map(jnp.add, (ct_params, ct_y, ct_consts), cotangents)
     return h, (ct_params, ct_y, ct_consts)
+
+
+def _after(ct: jax.Array, y: jax.Array) -> jax.Array:
+    """y, for XLA another value that is known only after ct.
+
+    Else it would find that a branch is evaluated twice, do so once and hold all residuals.
+    `optimization_barrier`, which jax.checkpoint relies on, is dropped too early on a CPU. Not
+    bit-equal to y (-0.0), which only gradients see.
+    """
+    first = ct[(0,) * ct.ndim]
+    return y + jnp.minimum(first * first, 0.0)
 
 
 def _value(branches, params, x, consts):
