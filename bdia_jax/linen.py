@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from bdia_jax._checks import check_magnitude
 from bdia_jax.fixed_point import FixedPoint
+from bdia_jax.parts import choose_parts
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 
@@ -28,6 +29,9 @@ class BDIAStack(nn.Module):
         magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
             0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`.
+        by_branch, batch_chunks, token_chunks: to hold less than a block's backward pass at a
+            time, as in `bdia_jax.nnx.BDIAStack`; the block's `branches` and `per_token` name
+            methods (of a block written with `setup`) that are called as the block is.
         deterministic: True at inference; may be given at the call instead.
 
     Every collection lives under the name "blocks" with a leading axis K. Every rng the
@@ -55,6 +59,9 @@ class BDIAStack(nn.Module):
     fixed_point: FixedPoint | None = FixedPoint()
     backprop: str = "reversible"
     has_aux: bool = False
+    by_branch: bool = False
+    batch_chunks: int = 1
+    token_chunks: int = 1
     deterministic: bool | None = None
 
     @nn.compact
@@ -80,22 +87,35 @@ class BDIAStack(nn.Module):
         state = {col: v for col, v in variables.items() if col != "params"}
         mutable = [col for col in state if self.is_mutable_collection(col)]
         drawn = [] if deterministic else self._block_streams()
-        keys = {stream: jax.random.split(self.make_rng(stream), self.depth) for stream in drawn}
+        keys = {stream: self._block_keys(stream) for stream in drawn}
 
-        def block_fn(params_k, x, *consts):
-            variables_k, keys_k = params_k
-            out, new_state = block.apply(
-                variables_k, x, *consts, rngs=keys_k, mutable=mutable, **block_kwargs
-            )
-            h, aux = out if self.has_aux else (out, None)
-            return h, (aux, jax.lax.stop_gradient(new_state))
+        parts = choose_parts(
+            self.block,
+            x.shape,
+            by_branch=self.by_branch,
+            batch_chunks=self.batch_chunks,
+            token_chunks=self.token_chunks,
+            state=[*state],
+            deterministic=deterministic or self.is_initializing(),
+        )
+
+        def pure_method(method: str | None):
+            def block_fn(params_k, x, *consts):
+                variables_k, keys_k = params_k
+                options = {"rngs": keys_k, "mutable": mutable, "method": method}
+                out, new_state = block.apply(variables_k, x, *consts, **options, **block_kwargs)
+                h, aux = out if self.has_aux else (out, None)
+                return h, (aux, jax.lax.stop_gradient(new_state))
+
+            return block_fn
 
         check_magnitude(self.magnitude, self.fixed_point, self.backprop)
         gamma = None
         if self.magnitude and not deterministic and not self.is_initializing():
             gamma = sample_gamma(self.make_rng("gamma"), self.depth, x.shape[0], self.magnitude)
-        out, (aux, new_state) = bdia_scan(
-            block_fn,
+        branches = tuple(map(pure_method, parts.branches))
+        out, aux = bdia_scan(
+            branches or pure_method(None),
             (variables, keys),
             x,
             gamma,
@@ -103,7 +123,11 @@ class BDIAStack(nn.Module):
             fixed_point=self.fixed_point,
             backprop=self.backprop,
             has_aux=True,
+            **parts.chunks,
         )
+        if branches:  # they have no state, and aux each
+            aux = (tuple(aux_i for aux_i, _ in aux), {})
+        aux, new_state = aux
         if not self.is_initializing():
             for col, value in new_state.items():
                 self.put_variable(col, "blocks", value)
@@ -129,6 +153,12 @@ class BDIAStack(nn.Module):
                     col, "blocks", lambda c=col: init(self.make_rng("params"), c)
                 ).value
         return variables
+
+    def _block_keys(self, stream: str) -> jax.Array:
+        """[K], typed so that the parts of a batch can have their own."""
+        key = self.make_rng(stream)
+        is_typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+        return jax.random.split(key if is_typed else jax.random.wrap_key_data(key), self.depth)
 
     def _block_streams(self) -> list[str]:
         scope = self.scope

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax import losses
 from bdia_jax.models.blocks import MLP, Attention, CrossAttention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.stacked import Stack
@@ -23,6 +24,9 @@ class DecoderBlock(nnx.Module):
 
     Args: as in `PreNormBlock`.
     """
+
+    branches = ("f", "c", "g")
+    per_token = ("g",)
 
     def __init__(
         self,
@@ -59,9 +63,23 @@ class DecoderBlock(nnx.Module):
             memory: float32 [B, S, D].
             memory_mask: bool, broadcastable to [B, H, T, S].
         """
-        f = self.attention(self.attention_norm(x), mask)
-        c = self.cross_attention(self.cross_norm(x + f), memory, memory_mask)
-        return f + c + self.mlp(self.mlp_norm(x + f + c))
+        f = self.f(x, mask)
+        c = self.c(x + f, mask, memory, memory_mask)
+        return f + c + self.g(x + f + c)
+
+    def f(self, x: jax.Array, mask: jax.Array | None, *_: Any) -> jax.Array:
+        """Self-attention alone."""
+        return self.attention(self.attention_norm(x), mask)
+
+    def c(
+        self, x: jax.Array, _: Any, memory: jax.Array, memory_mask: jax.Array | None
+    ) -> jax.Array:
+        """Attention to the memory alone."""
+        return self.cross_attention(self.cross_norm(x), memory, memory_mask)
+
+    def g(self, x: jax.Array, *_: Any) -> jax.Array:
+        """The MLP alone."""
+        return self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nnx.Module):
@@ -143,8 +161,28 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: S or T greater than max_len.
         """
+        return self.logits(self.features(source, target_in, rngs))
+
+    def features(
+        self, source: jax.Array, target_in: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """What `logits` and `loss` take, float32 [B, T, D]. Args: as in a call."""
         memory = self.encode(source, rngs)
-        return self.decode(target_in, memory, source != PAD, rngs=rngs)
+        return self._decode(target_in, memory, source != PAD, None, rngs)
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """float32 [B, T, D] -> float32 [B, T, V]."""
+        return losses.logits(features, self.embedding[...], dtype=self.dtype)
+
+    def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
+        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
+
+        Args:
+            features: float32 [B, T, D].
+            labels: int32 [B, T], the tokens after each of target_in. Padding is a label as any
+                other: give its loss no weight. The loss of one outside the vocabulary is NaN.
+        """
+        return losses.softmax_cross_entropy(features, self.embedding[...], labels, dtype=self.dtype)
 
     def encode(self, source: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The memory, float32 [B, S, D], of source int32 [B, S]; meaningless at padding."""
@@ -171,15 +209,16 @@ class Transformer(nnx.Module):
                 the decoder, where target continues earlier calls.
             rngs: as in a call.
         """
+        return self.logits(self._decode(target, memory, source_mask, positions, rngs))
+
+    def _decode(self, target, memory, source_mask, positions, rngs):
         x = self._embed(target, positions, rngs)
         # a cache brings its own mask, and is for sentences that have not ended
         blocks: Any = self.decoder.blocks
         cached = blocks.attention.cache is not None
         mask = None if cached else (target != PAD)[:, None, None]
         x = self.decoder(x, mask, memory, source_mask[:, None, None], rngs=rngs)
-        features = self.decoder_norm(x).astype(self.dtype)
-        table = self.embedding[...].astype(self.dtype)
-        return jnp.matmul(features, table.T, preferred_element_type=jnp.float32)
+        return self.decoder_norm(x)
 
     def _embed(self, tokens, positions, rngs):
         length = tokens.shape[1]

@@ -1,0 +1,307 @@
+"""Blocks by branch and in parts: the same values, exact rebuilds, the gradients, less memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
+
+import bdia_jax as bdia
+from bdia_jax import FixedPoint, bdia_scan
+
+F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
+B, T, D, DEPTH = 4, 6, 8, 5
+
+
+def mix(params, x, shared, own):
+    """Tokens see each other; `shared` [D] is one for all samples, `own` [B, T, 1] is not."""
+    tokens = jnp.einsum("st,btd->bsd", params["mix"], x * own)
+    return jnp.tanh(tokens * shared + params["bias"])
+
+
+def per_token(params, x, shared, own):
+    del own
+    hidden = jnp.tanh(x @ params["in"]) * shared[0]
+    keep = jax.random.bernoulli(params["key"], 0.8, hidden.shape)
+    return jnp.where(keep, hidden, 0.0) @ params["out"]
+
+
+def whole(params, x, shared, own):
+    f = mix(params, x, shared, own)
+    return f + per_token(params, x + f, shared, own)
+
+
+def case(depth=DEPTH):
+    """(params, x0, gamma, shared, own)."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    shapes = {"mix": (T, T), "bias": (D,), "in": (D, 2 * D), "out": (2 * D, D)}
+    params = {
+        name: 0.4 * jax.random.normal(key, (depth, *shape))
+        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    params["key"] = jax.random.split(keys[4], depth)
+    x0 = jax.random.normal(keys[5], (B, T, D))
+    gamma = bdia.sample_gamma(keys[6], depth, B)
+    return params, x0, gamma, jnp.linspace(0.5, 1.5, D), jax.random.uniform(keys[7], (B, T, 1))
+
+
+WAYS = {
+    "whole": (whole, {}),
+    "branches": ((mix, per_token), {}),
+    "batch": (whole, {"batch_chunks": 2}),
+    "tokens": ((mix, per_token), {"token_chunks": (1, 3)}),
+    "all": ((mix, per_token), {"batch_chunks": 4, "token_chunks": (1, 2)}),
+}
+
+
+@functools.cache
+def value_and_grads(way, backprop):
+    block_fn, options = WAYS[way]
+    params, x0, gamma, *consts = case()
+    key = params.pop("key")
+
+    def loss(params, x0, consts):
+        params = params | {"key": key}
+        x = bdia_scan(block_fn, params, x0, gamma, *consts, backprop=backprop, **options)
+        return jnp.sum(jnp.cos(jnp.arange(x.size).reshape(x.shape)) * x), x
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x0, consts)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_and_gradients_are_those_of_store(way):
+    expected, x = value_and_grads(way, "store")
+    actual, rebuilt_x = value_and_grads(way, "reversible")
+    assert_same_bits(rebuilt_x, x)
+    assert_same_bits(value_and_grads(way, "remat")[1], x)
+    assert_grads_close(actual, expected, F32)
+    assert_grads_close(value_and_grads(way, "remat")[0], expected, F32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rebuild_is_exact(way):
+    block_fn, options = WAYS[way]
+    found = bdia.audit(block_fn, *case(), **options)
+    assert found.exact and found.elements == B * T * D, found
+
+
+def test_an_audit_in_parts_sees_an_inexact_rebuild():
+    # 12 fractional bits and no guard: a block off by 1e-3 cannot come back
+    def off(params, x):
+        return _perturbed(params["w"], x)
+
+    params, x0, gamma, *_ = case()
+    found = bdia.audit(
+        off, {"w": params["in"]}, x0, gamma, batch_chunks=2, fixed_point=FixedPoint(12, 0)
+    )
+    assert not found.exact and found.mismatches[0] > 0 and found.max_drift > 0.5
+
+
+@jax.custom_vjp
+def _perturbed(w, x):
+    return jnp.tanh(x @ w) @ w.T
+
+
+def _perturbed_fwd(w, x):
+    return _perturbed(w, x) + 1e-3, (w, x)
+
+
+_perturbed.defvjp(
+    _perturbed_fwd, lambda res, ct: (jnp.zeros_like(res[0]), jnp.zeros_like(res[1]))
+)
+
+
+def test_without_dropout_a_way_changes_nothing_but_rounding():
+    params, x0, gamma, *consts = case()
+    params.pop("key")
+
+    def g(params, x, shared, own):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    def h(params, x, shared, own):
+        f = mix(params, x, shared, own)
+        return f + g(params, x + f, shared, own)
+
+    def run(block_fn, **options):
+        loss = lambda p: jnp.sum(bdia_scan(block_fn, p, x0, gamma, *consts, **options) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = run(h)
+    for block_fn, options in [
+        ((mix, g), {}),
+        (h, {"batch_chunks": 4}),
+        ((mix, g), {"token_chunks": (1, 6), "batch_chunks": 2}),
+    ]:
+        # a quantum more or less, where a rounding fell otherwise
+        assert_grads_close(run(block_fn, **options), expected, 1e-3)
+
+
+def test_parts_draw_masks_of_their_own_from_typed_keys():
+    def noise(params, x):
+        key = params["key"]
+        return jax.random.uniform(key, x.shape)
+
+    keys = jax.random.split(jax.random.key(1), 3)
+    x0 = jnp.zeros((B, T, D))
+
+    def run(keys, **options):
+        return bdia_scan(noise, {"key": keys}, x0, None, **options)
+
+    halves = jnp.split(run(keys, batch_chunks=2), 2)
+    assert relative_error(*halves) > 0.1
+    halves = jnp.split(run(keys, token_chunks=2), 2, axis=1)
+    assert relative_error(*halves) > 0.1
+    # control: a key that does not say it is one is the same for every part
+    halves = jnp.split(run(jax.random.key_data(keys), batch_chunks=2), 2)
+    assert_same_bits(*halves)
+
+
+def test_aux_of_branches_is_a_tuple():
+    def f(params, x):
+        h = jnp.tanh(x * params["w"])
+        return h, jnp.sum(h**2)
+
+    def g(params, x):
+        return jnp.sin(x * params["w"]), {"count": jnp.int32(3)}
+
+    w = jnp.linspace(0.1, 0.5, DEPTH)
+    _, x0, gamma, *_ = case()
+
+    def loss(w, backprop):
+        x, aux = bdia_scan((f, g), {"w": w}, x0, gamma, has_aux=True, backprop=backprop)
+        assert aux[0].shape == (DEPTH,) and aux[1]["count"].shape == (DEPTH,)
+        return jnp.sum(x) + jnp.sum(aux[0])
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    assert_grads_close(grad(w, "reversible"), grad(w, "store"), F32)
+
+
+# --- what it costs, and what it saves ------------------------------------------------
+
+
+def _flops(jaxpr) -> int:
+    """Multiplications of all matrix products, loops counted as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            depth = np.prod([eqn.invars[0].aval.shape[axis] for axis in contract])
+            total += int(depth) * eqn.outvars[0].aval.size
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                total += times * _flops(getattr(value, "jaxpr", value))
+    return total
+
+
+def _is_jaxpr(value):
+    return isinstance(value, (Jaxpr, ClosedJaxpr))
+
+
+def test_chunks_evaluate_nothing_more_and_branches_all_but_the_last_once_more():
+    params, x0, gamma, *consts = case()
+
+    def flops(way):
+        block_fn, options = WAYS[way]
+
+        def loss(floats, x0, consts):
+            p = floats | {"key": params["key"]}
+            return jnp.sum(bdia_scan(block_fn, p, x0, gamma, *consts, **options))
+
+        floats = {name: leaf for name, leaf in params.items() if name != "key"}
+        return _flops(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(floats, x0, consts).jaxpr)
+
+    once = B * T * T * D * DEPTH  # of mix
+    assert flops("batch") == flops("whole") > 0
+    assert flops("branches") == flops("whole") + once
+    assert flops("all") == flops("tokens") == flops("branches")
+
+
+WIDE = 64
+
+
+def attention_like(params, x):
+    scores = jax.nn.softmax(jnp.einsum("bsd,btd->bst", x @ params["q"], x), -1)
+    return jnp.einsum("bst,btd->bsd", scores, x)
+
+
+def wide_mlp(params, x):
+    return jnp.sin(jnp.tanh(x @ params["in"])) @ params["out"]
+
+
+def temp_bytes(block_fn, depth=8, **options):
+    shapes = {"q": (WIDE, WIDE), "in": (WIDE, 4 * WIDE), "out": (4 * WIDE, WIDE)}
+    params = {k: jax.ShapeDtypeStruct((depth, *s), jnp.float32) for k, s in shapes.items()}
+    x0 = jax.ShapeDtypeStruct((8, 256, WIDE), jnp.float32)
+    gamma = jax.ShapeDtypeStruct((depth, 8), jnp.float32)
+    loss = lambda p, x0, g: jnp.sum(bdia_scan(block_fn, p, x0, g, **options) ** 2)  # noqa: E731
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x0, gamma).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def both(params, x):
+    f = attention_like(params, x)
+    return f + wide_mlp(params, x + f)
+
+
+def test_each_way_holds_less():
+    branches = (attention_like, wide_mlp)
+    sizes = {
+        "whole": temp_bytes(both),
+        "branches": temp_bytes(branches),
+        "tokens": temp_bytes(branches, token_chunks=(1, 4)),
+        "batch": temp_bytes(both, batch_chunks=8),
+        "all": temp_bytes(branches, batch_chunks=8, token_chunks=(1, 4)),
+    }
+    state = 8 * 256 * WIDE * 4
+    assert sizes["branches"] < sizes["whole"] - 4 * state  # one hidden activation of the MLP
+    assert sizes["tokens"] < sizes["branches"]
+    assert sizes["batch"] < sizes["tokens"] < 0.6 * sizes["whole"]
+    assert sizes["all"] < sizes["batch"] < 0.4 * sizes["whole"]
+
+
+def test_an_added_block_still_costs_its_side_bits():
+    size = functools.partial(temp_bytes, (attention_like, wide_mlp))
+    options = {"batch_chunks": 4, "token_chunks": (1, 2)}
+    slope = (size(24, **options) - size(8, **options)) / 16
+    assert abs(slope / (8 * 256 * WIDE * 2 / 8) - 1) < 0.02
+
+
+# --- what is refused -----------------------------------------------------------------
+
+
+def aux_block(params, x):
+    return x, jnp.sum(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_chunks": 3}, "batch_chunks=3 does not divide .*divisor of 4"),
+        ({"batch_chunks": 0}, "batch_chunks is 0, expected a positive int"),
+        ({"batch_chunks": True}, "batch_chunks is True"),
+        ({"token_chunks": 4}, r"token_chunks=4 .*\(4, 6, 8\)"),
+        ({"token_chunks": (1, 2)}, "one for each of 1 function"),
+        ({"token_chunks": 2.0}, "token_chunks is 2.0"),
+        ({"batch_chunks": 2, "has_aux": True, "block_fn": aux_block}, "aux .*evaluate it whole"),
+    ],
+)
+def test_refused(options, message):
+    options = {"block_fn": lambda params, x: x} | options
+    _, x0, gamma, *_ = case()
+    with pytest.raises(ValueError, match=message):
+        bdia_scan(options.pop("block_fn"), jnp.ones(DEPTH), x0, gamma, **options)
+
+
+def test_token_chunks_need_a_token_axis():
+    with pytest.raises(ValueError, match=r"needs x of shape \[B, T, ..., D\]"):
+        bdia_scan(lambda p, x: x, jnp.ones(2), jnp.ones((4, 8)), None, token_chunks=2)
+
+
+def test_each_branch_is_checked():
+    _, x0, gamma, *_ = case()
+    with pytest.raises(ValueError, match="returned h of shape"):
+        bdia_scan((lambda p, x: x, lambda p, x: x[:, :1]), jnp.ones(DEPTH), x0, gamma)
