@@ -1,0 +1,230 @@
+"""by_branch, batch_chunks and token_chunks of the Flax stacks and of the models."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
+
+import bdia_jax
+from bdia_jax.generate import generate
+from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.models.gpt2 import GPT2
+from bdia_jax.models.transformer import Transformer
+from bdia_jax.nnx import BDIAStack
+from bdia_jax.parts import WHOLE, choose_parts
+
+F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
+ALL = {"by_branch": True, "batch_chunks": 2, "token_chunks": 3}
+X = jax.random.normal(jax.random.key(0), (4, 6, 16))
+
+
+def block(rngs, dropout_rate=0.1):
+    return PreNormBlock(16, 2, 32, dropout_rate=dropout_rate, rngs=rngs)
+
+
+def make(make_block=block, **options):
+    return BDIAStack(make_block, 3, rngs=nnx.Rngs(0), **options)
+
+
+def gradient(stack, *args):
+    @nnx.jit
+    def grad(stack):
+        return nnx.grad(lambda s: jnp.sum(jnp.sin(s(*args, rngs=nnx.Rngs(1)))))(stack)
+
+    return jax.tree.leaves(grad(stack))
+
+
+# --- the stack for NNX ---------------------------------------------------------------
+
+
+def test_a_stack_in_parts_has_the_gradients_of_store_and_is_exact():
+    assert_grads_close(gradient(make(**ALL), X), gradient(make(**ALL, backprop="store"), X), F32)
+    found = make(**ALL).audit(X)
+    assert found.exact and found.elements == X.size
+
+
+def test_without_dropout_parts_change_rounding_only():
+    still = partial(block, dropout_rate=0.0)
+    mask = jnp.tril(jnp.ones((1, 1, 6, 6), bool))
+    whole, parts = (make(still, **options) for options in ({}, ALL))
+    assert_grads_close(gradient(parts, X, mask), gradient(whole, X, mask), 1e-3)
+    whole.eval(), parts.eval()
+    assert relative_error(parts(X, mask), whole(X, mask)) < 1e-3
+    assert relative_error(parts(X), whole(X, mask)) > 1e-2  # the mask reaches the parts
+
+
+def test_attributes_can_be_set_later_and_inference_takes_what_divides():
+    stack = make(partial(block, dropout_rate=0.0))
+    stack.batch_chunks, stack.token_chunks = 4, 4
+    with pytest.raises(ValueError, match="token_chunks=4 needs"):
+        stack(X)
+    stack.eval()
+    assert stack(X).shape == X.shape  # 6 tokens in 2 parts
+    assert stack(X[:3, :5]).shape == (3, 5, 16)
+
+
+class Norm(nnx.Module):
+    branches = ("f", "g")
+    per_token = ("g",)
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+
+    def f(self, x):
+        return self.norm(x)
+
+    def g(self, x):
+        return jnp.tanh(x)
+
+    def __call__(self, x):
+        f = self.f(x)
+        return f + self.g(x + f)
+
+
+@pytest.mark.parametrize("options", [{"by_branch": True}, {"batch_chunks": 2}])
+def test_a_block_with_state_is_refused_in_training_and_whole_at_inference(options):
+    stack = make(Norm, **options)
+    with pytest.raises(ValueError, match=r"state \(norm.mean, norm.var\)"):
+        stack(X)
+    stack.eval()
+    whole = make(Norm)
+    whole.eval()
+    assert_same_bits(stack(X), whole(X))
+
+
+class Silent(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+class OneBranch(Silent):
+    branches = ("__call__",)
+
+
+def test_what_a_block_does_not_say_is_named():
+    with pytest.raises(ValueError, match="Silent does not say what its branches are"):
+        make(Silent, by_branch=True)(X)
+    with pytest.raises(ValueError, match="token_chunks is 2, but OneBranch names no branch"):
+        make(OneBranch, token_chunks=2)(X)
+    assert make(Silent, batch_chunks=2)(X).shape == X.shape
+
+
+class WithAux(nnx.Module):
+    branches = ("f", "g")
+
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def f(self, x):
+        return self.scale[...] * jnp.tanh(x), jnp.sum(x)
+
+    def g(self, x):
+        return jnp.sin(x), None
+
+
+def test_aux_comes_by_branch():
+    _, aux = make(WithAux, by_branch=True, has_aux=True)(X)
+    assert aux[0].shape == (3,) and aux[1] is None
+
+
+def test_nothing_asked_for_is_the_whole_block():
+    options = {"by_branch": False, "batch_chunks": 1, "token_chunks": 1}
+    assert choose_parts(object(), X.shape, **options, state=["s"], deterministic=False) is WHOLE
+
+
+# --- Linen ---------------------------------------------------------------------------
+
+
+class LinenBlock(linen.Module):
+    branches = ("f", "g")
+    per_token = ("g",)
+
+    def setup(self):
+        self.first, self.second = linen.Dense(16), linen.Dense(16)
+        self.dropout = linen.Dropout(0.3)
+
+    def f(self, x, deterministic):
+        return linen.tanh(self.first(x)) + x.mean(1, keepdims=True)
+
+    def g(self, x, deterministic):
+        return self.dropout(linen.tanh(self.second(x)), deterministic=deterministic)
+
+    def __call__(self, x, deterministic):
+        f = self.f(x, deterministic)
+        return f + self.g(x + f, deterministic)
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_linen_in_parts(make_key):
+    stacks = {
+        name: bdia_jax.linen.BDIAStack(LinenBlock(), 3, **options)
+        for name, options in {
+            "parts": ALL,
+            "store": ALL | {"backprop": "store"},
+            "whole": {},
+        }.items()
+    }
+    variables = stacks["parts"].init(make_key(0), X, deterministic=True)
+    rngs = {"gamma": make_key(1), "dropout": make_key(2)}
+
+    def run(name, **options):
+        def loss(variables):
+            y = stacks[name].apply(variables, X, **options)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables)
+
+    grads, y = run("parts", deterministic=False, rngs=rngs)
+    expected, stored = run("store", deterministic=False, rngs=rngs)
+    assert_same_bits(y, stored)
+    assert_grads_close(grads, expected, F32)
+    evaluated = [stacks[name].apply(variables, X, deterministic=True) for name in stacks]
+    assert relative_error(evaluated[0], evaluated[2]) < 1e-3
+
+
+# --- the models ----------------------------------------------------------------------
+
+
+def test_gpt2_in_parts_generates_the_same_tokens():
+    sizes = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "rngs": nnx.Rngs(0)}
+    tokens = jnp.arange(8).reshape(2, 4) % 11
+    models = [
+        GPT2(11, 12, **sizes | {"rngs": nnx.Rngs(0)}, stack=partial(BDIAStack, **options))
+        for options in ({}, {"by_branch": True, "batch_chunks": 2, "token_chunks": 2})
+    ]
+    for model in models:
+        model.eval()
+    out = [generate(model, tokens, 5, key=jax.random.key(0)) for model in models]
+    np.testing.assert_array_equal(*out)
+
+
+def test_the_translation_model_in_parts():
+    source = jnp.array([[3, 4, 5, 0], [6, 7, 0, 0]])
+    target = jnp.array([[1, 3, 4, 6], [1, 5, 2, 0]])
+
+    def grads(backprop):
+        options = {"by_branch": True, "batch_chunks": 2, "token_chunks": 2, "backprop": backprop}
+        model = Transformer(
+            *(11, 4),
+            **{"width": 8, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2, "mlp_dim": 16},
+            stack=partial(BDIAStack, **options),
+            rngs=nnx.Rngs(0),
+        )
+
+        @nnx.jit
+        def grad(model):
+            def loss(model):
+                return jnp.mean(jnp.sin(model(source, target, rngs=nnx.Rngs(1))))
+
+            return nnx.grad(loss)(model)
+
+        return jax.tree.leaves(grad(model))
+
+    assert_grads_close(grads("reversible"), grads("store"), F32)
