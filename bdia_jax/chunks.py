@@ -19,14 +19,24 @@ def loop(count: int, body: Callable[[jax.Array, PyTree], PyTree], carry: PyTree)
 
 
 def cut(array: jax.Array, index, count: int, axis: int) -> jax.Array:
-    """Part `index` of `count` of an axis that count divides."""
-    size = array.shape[axis] // count
-    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+    """Part `index` of `count` of an axis that count divides: every count-th, from index on.
+
+    So an axis sharded over devices gives every device its share of each part.
+    """
+    return jax.lax.dynamic_index_in_dim(_split(array, count, axis), index, axis + 1, keepdims=False)
 
 
 def put(array: jax.Array, part: jax.Array, index, axis: int) -> jax.Array:
     """`array` with its part `index` replaced; in place where XLA owns it."""
-    return jax.lax.dynamic_update_slice_in_dim(array, part, index * part.shape[axis], axis)
+    count = array.shape[axis] // part.shape[axis]
+    split = _split(array, count, axis)
+    return jax.lax.dynamic_update_index_in_dim(split, part, index, axis + 1).reshape(array.shape)
+
+
+def _split(array: jax.Array, count: int, axis: int) -> jax.Array:
+    """[.., N, ..] -> [.., N / count, count, ..]"""
+    shape = array.shape
+    return array.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
 
 
 def fold_keys(leaves: list[jax.Array], index) -> list[jax.Array]:

@@ -29,6 +29,9 @@ def defaults() -> ConfigDict:
     config.frac_bits = 9
     config.guard_bits = 1
     config.backprop = "reversible"
+    config.by_branch = False
+    config.batch_chunks = 1
+    config.token_chunks = 1
 
     config.optimizer = "set_adam"
     config.b2 = 0.999

@@ -118,6 +118,7 @@ _RANGES = {
     **dict.fromkeys(("model.mlp_dim", "model.patch_size", "input.beam_size"), (1, math.inf)),
     **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, math.inf)),
     **dict.fromkeys(("model.linformer_dim", "input.eval_translations"), (0, math.inf)),
+    **dict.fromkeys(("batch_chunks", "token_chunks"), (1, math.inf)),
     "input.rand_augment_magnitude": (0, 30),
     "input.length": (4, math.inf),  # samples are continued from a quarter of it
 }
@@ -132,7 +133,8 @@ class Config:
     dataset is a name of `train.datasets` or of TFDS, data_dir its folder ("" for the TFDS
     default), train_split and eval_split TFDS splits. stack is "bdia", or a baseline: "revnet"
     or "midpoint". gamma is |gamma| in training, 0 for the plain transformer; quantize=False
-    keeps floating-point states. optimizer is "set_adam" or "adamw"; schedule, after
+    keeps floating-point states; by_branch, batch_chunks and token_chunks make the backward pass of
+    a block smaller (`BDIAStack`). optimizer is "set_adam" or "adamw"; schedule, after
     warmup_steps, "constant" or "cosine".
     """
 
@@ -150,6 +152,9 @@ class Config:
     frac_bits: int
     guard_bits: int
     backprop: str
+    by_branch: bool
+    batch_chunks: int
+    token_chunks: int
     optimizer: str
     b2: float
     schedule: str
@@ -214,6 +219,11 @@ class Config:
                 f"backprop={self.backprop!r}: this baseline has floating-point states and no "
                 "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
             )
+        if self.by_branch or self.batch_chunks * self.token_chunks > 1:
+            raise ValueError(
+                f"stack={self.stack!r} with by_branch={self.by_branch}, batch_chunks="
+                f"{self.batch_chunks}, token_chunks={self.token_chunks}: only stack='bdia' has them"
+            )
         if self.stack == "revnet" and not isinstance(self.model, ViTConfig):
             raise ValueError("stack='revnet' doubles the features; only the ViT takes them")
 
@@ -244,7 +254,13 @@ class Config:
             gamma_bits = round(-math.log2(self.gamma)) if _is_power(self.gamma) else 1
             fixed_point = FixedPoint(self.frac_bits, self.guard_bits, gamma_bits)
         return partial(
-            BDIAStack, magnitude=self.gamma, fixed_point=fixed_point, backprop=self.backprop
+            BDIAStack,
+            magnitude=self.gamma,
+            fixed_point=fixed_point,
+            backprop=self.backprop,
+            by_branch=self.by_branch,
+            batch_chunks=self.batch_chunks,
+            token_chunks=self.token_chunks,
         )
 
 
