@@ -4,7 +4,8 @@ h = r_1 + .. + r_m with r_i = f_i(y_i), y_1 = x, y_{i+1} = y_i + r_i: for the pr
 transformer f_1 is attention and f_2 the MLP. A block given whole is one branch.
 """
 
-from typing import Any, NamedTuple
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,15 @@ def make_blocks(block_fn, params, x0, consts, has_aux, batch_chunks, token_chunk
     for fn, count in zip(fns, token_chunks, strict=True):
         tokens = rest if count == 1 else [rest[0] // count, *rest[1:]]
         x = jax.ShapeDtypeStruct((batch // batch_chunks, *tokens), jnp.float32)
-        block, aux_shape = split_block(fn, params, x, here, has_aux)
+        try:
+            block, aux_shape = split_block(fn, params, x, here, has_aux)
+        except (TypeError, ValueError) as error:
+            if any(map(operator.is_not, jax.tree.leaves(here), jax.tree.leaves(consts))):
+                error.add_note(
+                    f"batch_chunks={batch_chunks} cuts the leaves of consts with a leading axis "
+                    f"of the batch's {batch}; give one that all samples share a leading axis of 1"
+                )
+            raise
         if batch_chunks * count > 1 and jax.tree.leaves(aux_shape):
             raise ValueError(
                 f"block_fn returns aux {aux_shape} with batch_chunks={batch_chunks} and "

@@ -1,12 +1,14 @@
 """Blocks by branch and in parts: the same values, exact rebuilds, the gradients, less memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 import bdia_jax as bdia
@@ -109,9 +111,7 @@ def _perturbed_fwd(w, x):
     return _perturbed(w, x) + 1e-3, (w, x)
 
 
-_perturbed.defvjp(
-    _perturbed_fwd, lambda res, ct: (jnp.zeros_like(res[0]), jnp.zeros_like(res[1]))
-)
+_perturbed.defvjp(_perturbed_fwd, lambda res, ct: (jnp.zeros_like(res[0]), jnp.zeros_like(res[1])))
 
 
 def test_without_dropout_a_way_changes_nothing_but_rounding():
@@ -270,6 +270,32 @@ def test_an_added_block_still_costs_its_side_bits():
     assert abs(slope / (8 * 256 * WIDE * 2 / 8) - 1) < 0.02
 
 
+@pytest.mark.parametrize("way", ["batch", "tokens"])
+def test_parts_of_a_sharded_batch_stay_on_their_devices(way):
+    block_fn, options = WAYS[way]
+    params, x0, gamma, *consts = case()
+    x0, own = (jnp.concatenate([a] * 4) for a in (x0, consts[1]))
+    gamma = jnp.concatenate([gamma] * 4, 1)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    floats = {name: place(leaf) for name, leaf in params.items() if name != "key"}
+    key = place(params["key"])
+
+    def loss(floats, x0, gamma, shared, own):
+        p = floats | {"key": key}
+        return jnp.sum(jnp.sin(bdia_scan(block_fn, p, x0, gamma, shared, own, **options)))
+
+    sharded = (place(x0, "data"), place(gamma, None, "data"), place(consts[0]), place(own, "data"))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(floats, *sharded).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text  # of the parameters' gradients
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+    expected = jax.jit(jax.grad(loss, (0, 1)))(
+        floats, *map(jnp.asarray, (x0, gamma, consts[0], own))
+    )
+    assert_grads_close(compiled(floats, *sharded), expected, F32)
+
+
 # --- what is refused -----------------------------------------------------------------
 
 
@@ -294,6 +320,19 @@ def test_refused(options, message):
     _, x0, gamma, *_ = case()
     with pytest.raises(ValueError, match=message):
         bdia_scan(options.pop("block_fn"), jnp.ones(DEPTH), x0, gamma, **options)
+
+
+def test_a_const_that_looks_like_one_a_sample_is_explained():
+    params, x0, gamma, _, own = case()
+    four = jnp.ones(B)  # not per sample
+
+    def block(params, x, four, own):
+        return jnp.tanh(x[..., :4] * four).sum(-1, keepdims=True) * jnp.ones(D)
+
+    bdia_scan(block, params, x0, gamma, four, own)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        bdia_scan(block, params, x0, gamma, four, own, batch_chunks=2)
+    assert "share a leading axis of 1" in "".join(caught.value.__notes__)
 
 
 def test_token_chunks_need_a_token_axis():

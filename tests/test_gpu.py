@@ -3,6 +3,7 @@
 `check` holds the claim; its toy size runs on any device. Run the rest with `-m gpu`.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from toy import GRAD_TOLERANCE, assert_grads_close
+from toy_models import filled
 
-from bdia_jax import FixedPoint
-from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax import FixedPoint, memory_report
+from bdia_jax.models.blocks import Attention, PreNormBlock
 from bdia_jax.models.resnet import ResNet
 from bdia_jax.nnx import BDIAStack
 
@@ -104,3 +106,55 @@ def test_the_check_of_convolutions_at_toy_size():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_convolutions_on_the_gpu(dtype):
     check_convolutions(128, 32, 64, dtype)
+
+
+HEADS = 8
+
+
+def flash_stack(width, depth, implementation, guard_bits=1):
+    attention = partial(Attention, is_causal=True, implementation=implementation)
+
+    def make_block(rngs):
+        return PreNormBlock(width, HEADS, width, dtype=jnp.bfloat16, attention=attention, rngs=rngs)
+
+    fixed_point = FixedPoint(guard_bits=guard_bits)
+    make = partial(BDIAStack, make_block, depth, fixed_point=fixed_point)
+    return filled(lambda: make(rngs=nnx.Rngs(0)), scale=0.05)
+
+
+def compiled_gradient(width, depth, tokens, implementation):
+    stack = flash_stack(width, depth, implementation)
+    graphdef, params, rest = nnx.split(stack, nnx.Param, ...)
+
+    def loss(params, rest, x):
+        return jnp.mean(nnx.merge(graphdef, params, rest)(x, rngs=nnx.Rngs(1)) ** 2)
+
+    x = jax.ShapeDtypeStruct((4, tokens, width), jnp.float32)
+    return jax.jit(jax.grad(loss)).lower(params, rest, x).compile()
+
+
+def check_flash(width, depth, tokens, implementation):
+    """Bits suggested by the audit are enough; and what stands in the compiled program."""
+    x = jax.random.normal(jax.random.key(1), (4, tokens, width))
+    audit = flash_stack(width, depth, implementation).audit(x)
+    print(f"{implementation} {audit}")
+    assert audit.suggested_guard_bits is not None
+    assert flash_stack(width, depth, implementation, audit.suggested_guard_bits).audit(x).exact
+    compiled = compiled_gradient(width, depth, tokens, implementation)
+    text = compiled.as_text()
+    weights = re.search(rf"\[(\d+,)*{tokens},{tokens}\]", text)  # [B, H, T, T] of any grouping
+    return "__cudnn$fmha" in text, weights is not None, memory_report(compiled).temporaries
+
+
+def test_the_check_of_attention_at_toy_size():
+    has_cudnn, has_weights, _ = check_flash(32, 2, 24, "xla")
+    assert has_weights and not has_cudnn
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_is_exact_and_writes_no_weights_on_the_gpu():
+    xla_cudnn, xla_weights, xla_bytes = check_flash(512, 12, 1088, "xla")
+    assert xla_weights and not xla_cudnn
+    has_cudnn, has_weights, flash_bytes = check_flash(512, 12, 1088, None)  # chosen by itself
+    assert has_cudnn and not has_weights
+    assert xla_bytes - flash_bytes > 2 * 4 * HEADS * 1088**2

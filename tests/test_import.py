@@ -41,7 +41,8 @@ def test_the_public_names_are_those_of_the_contract():
     import bdia_jax
 
     assert sorted(bdia_jax.__all__) == [
-        "Audit", "FixedPoint", "audit", "bdia_scan", "linen", "nnx", "sample_gamma",
+        "Audit", "FixedPoint", "MemoryReport", "audit", "bdia_scan", "linen", "losses",
+        "memory_report", "nnx", "residual_bytes", "sample_gamma",
     ]  # fmt: skip
     assert all(hasattr(bdia_jax, name) for name in bdia_jax.__all__)
     assert hasattr(bdia_jax.nnx, "BDIAStack") and hasattr(bdia_jax.linen, "BDIAStack")

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from bdia_jax.generate import generate
@@ -48,8 +47,8 @@ def load(config: Config) -> Task:
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         mask = attention_mask(segments(inputs, tokenizer.end_of_text))
         place = positions(inputs, tokenizer.end_of_text)
-        logits = model(inputs, positions=place, mask=mask, rngs=rngs)
-        loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        features = model.features(inputs, positions=place, mask=mask, rngs=rngs)
+        loss = model.loss(features, targets)
         return {"loss": (loss.sum(-1), jnp.full(len(loss), loss.shape[1], jnp.float32))}
 
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:

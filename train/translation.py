@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import sacrebleu
 from flax import nnx
 
@@ -76,8 +75,8 @@ def load(config: Config) -> Task:
 
 def _metrics(model: Any, batch: PairBucket, rngs: nnx.Rngs | None) -> Metrics:
     """Loss in nats a target token; padding counts nothing."""
-    logits = model(batch.source, batch.target_in, rngs=rngs)
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.target_out)
+    features = model.features(batch.source, batch.target_in, rngs=rngs)
+    loss = model.loss(features, batch.target_out)
     real = (batch.target_out != PAD).astype(jnp.float32)
     return {"loss": ((loss * real).sum(-1), real.sum(-1))}
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax.models.attention import attend, check_implementation
+
 # A projection that ends a residual branch accumulates into float32 and returns it: rounded
 # to bfloat16 at magnitude 4, h would move in steps of eight quanta (frac_bits 9), far more
 # than a guard bit absorbs.
@@ -27,6 +29,7 @@ class Attention(nnx.Module):
         qkv_bias: bias of the input projection.
         is_causal: whether a token sees only itself and those before it.
         kernel_init, out_init: of the input and the output projection.
+        implementation: "xla", "cudnn" (flash attention), or None: cuDNN where it can be used.
     """
 
     def __init__(
@@ -40,11 +43,14 @@ class Attention(nnx.Module):
         is_causal: bool = False,
         kernel_init: Callable = _lecun,
         out_init: Callable = _lecun,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         _check_heads(width, num_heads)
+        check_implementation(implementation)
         self.num_heads = num_heads
         self.is_causal = is_causal
+        self.implementation = implementation
         self.qkv = nnx.Linear(
             width, 3 * width, dtype=dtype, use_bias=qkv_bias, kernel_init=kernel_init, rngs=rngs
         )
@@ -61,13 +67,13 @@ class Attention(nnx.Module):
             ValueError: a mask with a `Cache`, which brings its own.
         """
         q, k, v = (_heads(y, self.num_heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
-        is_causal = self.is_causal
+        is_causal, implementation = self.is_causal, self.implementation
         if self.cache is not None:
             if mask is not None:
                 raise ValueError(f"mask of shape {mask.shape} with a cache; decode without a mask")
             k, v, mask = self.cache.extend(k, v)
-            is_causal = False
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
+            is_causal, implementation = False, "xla"
+        attended = attend(q, k, v, mask, is_causal=is_causal, implementation=implementation)
         return self.dropout(self.out(attended.reshape(x.shape)))
 
 
@@ -114,10 +120,13 @@ class CrossAttention(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         _check_heads(width, num_heads)
+        check_implementation(implementation)
         self.num_heads = num_heads
+        self.implementation = implementation
         self.query = nnx.Linear(width, width, dtype=dtype, use_bias=False, rngs=rngs)
         self.key_value = nnx.Linear(width, 2 * width, dtype=dtype, use_bias=False, rngs=rngs)
         self.out = _residual_linear(width, width, dtype=dtype, rngs=rngs)
@@ -129,12 +138,12 @@ class CrossAttention(nnx.Module):
 
         With a `MemoryCache` the memory is the one it was made of.
         """
-        q = _heads(self.query(x), self.num_heads)
+        q, implementation = _heads(self.query(x), self.num_heads), self.implementation
         if self.cache is None:
             k, v = self.project(memory)
         else:
-            k, v = self.cache.key[...], self.cache.value[...]
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+            k, v, implementation = self.cache.key[...], self.cache.value[...], "xla"
+        attended = attend(q, k, v, mask, implementation=implementation)
         return self.dropout(self.out(attended.reshape(x.shape)))
 
     def project(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -195,12 +204,16 @@ class MLP(nnx.Module):
 class PreNormBlock(nnx.Module):
     """The pre-norm transformer block as the h of eq. 4: h = f(x) + g(x + f(x)).
 
-    f is attention and g the MLP, each behind a LayerNorm. x + h is the usual block.
+    f is attention and g the MLP, each behind a LayerNorm. x + h is the usual block. `branches`
+    and `per_token` are for `BDIAStack(by_branch=, token_chunks=)`.
 
     Args:
         width, num_heads, mlp_dim, dropout_rate, dtype: as in `Attention` and `MLP`.
         attention, mlp: what makes the two parts; `functools.partial` sets their options.
     """
+
+    branches = ("f", "g")
+    per_token = ("g",)
 
     def __init__(
         self,
@@ -229,8 +242,8 @@ class PreNormBlock(nnx.Module):
         """The attention branch alone, without the residual."""
         return self.attention(self.attention_norm(x), mask)
 
-    def g(self, x: jax.Array) -> jax.Array:
-        """The MLP branch alone, without the residual."""
+    def g(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The MLP branch alone, without the residual; no token sees another, mask or not."""
         return self.mlp(self.mlp_norm(x))
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax import losses
 from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.stacked import Stack
@@ -121,7 +122,7 @@ class GPT2(nnx.Module):
         mask: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """What the logits are made of, float32 [B, T, D]. Args: as in a call."""
+        """What `logits` and `loss` take, float32 [B, T, D]. Args: as in a call."""
         length = tokens.shape[1]
         if length > self.max_len:
             raise ValueError(
@@ -135,8 +136,16 @@ class GPT2(nnx.Module):
 
     def logits(self, features: jax.Array) -> jax.Array:
         """float32 [B, T, D] -> float32 [B, T, V]."""
-        table = self.embedding[...].astype(self.dtype)
-        return jnp.matmul(features.astype(self.dtype), table.T, preferred_element_type=jnp.float32)
+        return losses.logits(features, self.embedding[...], dtype=self.dtype)
+
+    def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
+        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
+
+        Args:
+            features: float32 [B, T, D].
+            labels: int32 [B, T], the next tokens. The loss of one outside the vocabulary is NaN.
+        """
+        return losses.softmax_cross_entropy(features, self.embedding[...], labels, dtype=self.dtype)
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:

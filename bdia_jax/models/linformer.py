@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax.models.attention import attend
 from bdia_jax.models.blocks import Attention
 
 
@@ -39,9 +40,11 @@ class LinformerAttention(Attention):
         projected: int,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(width, num_heads, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
+        common = {"dropout_rate": dropout_rate, "dtype": dtype, "implementation": implementation}
+        super().__init__(width, num_heads, **common, rngs=rngs)
         bound = 1 / math.sqrt(projected)
         shape = (projected, num_tokens)
         self.project_keys = nnx.Param(rngs.params.uniform(shape, minval=-bound, maxval=bound))
@@ -62,7 +65,7 @@ class LinformerAttention(Attention):
         k = _mix_tokens(self.project_keys[...], k)
         v = _mix_tokens(self.project_values[...], v)
         q, k, v = (y.reshape(*y.shape[:-1], self.num_heads, -1) for y in (q, k, v))
-        attended = jax.nn.dot_product_attention(q, k, v)
+        attended = attend(q, k, v, implementation=self.implementation)
         return self.dropout(self.out(attended.reshape(x.shape)))
 
 

@@ -1,0 +1,190 @@
+"""Which attention is chosen, and what is lowered for a GPU. None is needed: nothing is compiled."""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from bdia_jax.models import attention
+from bdia_jax.models.attention import attend, choose_implementation, default_device
+from bdia_jax.models.blocks import Attention, Cache, CrossAttention, PreNormBlock
+from bdia_jax.models.linformer import LinformerAttention
+from bdia_jax.nnx import BDIAStack
+
+TOKENS, WIDTH, HEADS = 24, 64, 2
+X = jax.ShapeDtypeStruct((2, TOKENS, WIDTH), jnp.float32)
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+def gpu(version):
+    return SimpleNamespace(platform="gpu", compute_capability=version)
+
+
+AMPERE, HOPPER = gpu("8.0"), gpu("9.0")
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """As if cuDNN and an Ampere GPU were here, as far as tracing and lowering can tell."""
+    monkeypatch.setattr(attention, "default_device", lambda: AMPERE)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91800)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda needed: needed <= "8.0")
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+
+
+def lowered(fn, *args):
+    """StableHLO for CUDA."""
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def cudnn_calls(text):
+    return re.findall(r"__cudnn\$\w+", text)
+
+
+# --- the choice ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, expected",
+    [
+        (AMPERE, "bfloat16", 64, "cudnn"),
+        (AMPERE, "float16", 8, "cudnn"),
+        (AMPERE, "bfloat16", 128, "cudnn"),
+        (AMPERE, "bfloat16", 136, "xla"),
+        (HOPPER, "bfloat16", 256, "cudnn"),
+        (HOPPER, "bfloat16", 264, "xla"),
+        (gpu("10.0"), "bfloat16", 256, "cudnn"),
+        (AMPERE, "bfloat16", 12, "xla"),
+        (AMPERE, "float32", 64, "xla"),
+        (gpu("7.5"), "float16", 64, "xla"),
+        (gpu("gfx90a"), "bfloat16", 64, "xla"),
+        (SimpleNamespace(platform="cpu"), "bfloat16", 64, "xla"),
+        (SimpleNamespace(platform="tpu"), "bfloat16", 64, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_run(device, dtype, head_dim, expected):
+    q = jax.ShapeDtypeStruct((2, 7, 3, head_dim), dtype)
+    assert choose_implementation(q, None, device) == expected
+    assert choose_implementation(q, jnp.ones((1, 1, 7, 7), bool), device) == "xla"
+
+
+def test_the_device_is_the_one_compiled_for():
+    second = jax.devices("cpu")[-1]
+    assert default_device() == jax.devices()[0]
+    with jax.default_device(second):
+        assert default_device() == second
+    with jax.default_device("cpu"):  # pyright: ignore
+        assert default_device() == jax.local_devices(backend="cpu")[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Attention, CrossAttention, partial(LinformerAttention, num_tokens=TOKENS, projected=8)],
+)
+def test_an_unknown_implementation_is_refused(make):
+    with pytest.raises(ValueError, match=r"implementation is 'flash', expected 'xla', 'cudnn'"):
+        make(WIDTH, HEADS, implementation="flash", rngs=nnx.Rngs(0))
+
+
+# --- what is lowered -------------------------------------------------------------------
+
+
+def make_stack(backprop, **options):
+    def make_block(rngs):
+        part = partial(Attention, is_causal=True, **options)
+        return PreNormBlock(
+            WIDTH, HEADS, 32, dropout_rate=0.1, dtype=jnp.bfloat16, attention=part, rngs=rngs
+        )
+
+    return BDIAStack(make_block, 3, rngs=nnx.Rngs(0), backprop=backprop)
+
+
+def lowered_gradient(backprop, **options):
+    make = partial(make_stack, backprop, **options)
+    graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+    def loss(params, rest, x):
+        return jnp.mean(nnx.merge(graphdef, params, rest)(x, rngs=nnx.Rngs(1)) ** 2)
+
+    return lowered(jax.grad(loss), params, rest, X)
+
+
+def has_weights(text):
+    return f"x{TOKENS}x{TOKENS}x" in text
+
+
+def test_a_reversible_stack_runs_one_cudnn_kernel_in_both_passes(on_cuda):
+    text = lowered_gradient("reversible")
+    assert cudnn_calls(text) == [FORWARD, FORWARD, BACKWARD]
+    assert not has_weights(text)
+    forward, rebuild = (
+        # from the name to the result types, without the names of values
+        re.sub(r"%\S+", "%", line[line.index(FORWARD) :])
+        for line in text.splitlines()
+        if FORWARD in line and BACKWARD not in line
+    )
+    assert forward == rebuild
+    assert f"tensor<2x{HEADS}x{TOKENS}xf32>" in forward  # the kernel of training
+
+
+def test_control_alone_jax_runs_another_kernel_in_the_forward_pass(on_cuda):
+    q = jax.ShapeDtypeStruct((2, TOKENS, HEADS, 32), jnp.bfloat16)
+    plain = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    statistics = f"tensor<2x{HEADS}x{TOKENS}xf32>"
+    assert statistics not in lowered(plain, q, q, q)
+    assert statistics in lowered(attend, q, q, q)
+
+
+def test_plain_autodiff_runs_it_once(on_cuda):
+    assert cudnn_calls(lowered_gradient("store")) == [FORWARD, BACKWARD]
+
+
+def test_xla_can_be_forced_and_writes_the_weights(on_cuda):
+    text = lowered_gradient("reversible", implementation="xla")
+    assert not cudnn_calls(text) and has_weights(text)
+
+
+def test_without_a_gpu_nothing_is_cudnn():
+    assert not cudnn_calls(lowered_gradient("reversible"))
+
+
+def lowered_module(make, *inputs):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    return lowered(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), state, *inputs)
+
+
+BF16 = {"width": WIDTH, "num_heads": HEADS, "dtype": jnp.bfloat16}
+
+
+def test_other_attentions_choose_too(on_cuda):
+    memory = jax.ShapeDtypeStruct((2, 5, WIDTH), jnp.float32)
+    assert cudnn_calls(lowered_module(partial(CrossAttention, **BF16), X, memory)) == [FORWARD]
+    linear = partial(LinformerAttention, num_tokens=TOKENS, projected=8, **BF16)
+    assert cudnn_calls(lowered_module(linear, X)) == [FORWARD]
+    assert not cudnn_calls(lowered_module(partial(linear, dtype=jnp.float32), X))
+
+
+def test_a_mask_is_for_xla_unless_cudnn_is_forced(on_cuda):
+    mask = jax.ShapeDtypeStruct((2, 1, 1, TOKENS), bool)
+    assert not cudnn_calls(lowered_module(partial(Attention, **BF16), X, mask))
+    forced = lowered_module(partial(Attention, implementation="cudnn", **BF16), X, mask)
+    assert cudnn_calls(forced) == ["__cudnn$fmhaScaleBiasSoftmax"]
+
+
+@pytest.mark.parametrize("implementation", [None, "cudnn"])
+def test_decoding_with_a_cache_is_for_xla(on_cuda, implementation):
+    def decode(x):
+        make = partial(Attention, is_causal=True, implementation=implementation, **BF16)
+        stacked = nnx.vmap(lambda rngs: make(rngs=rngs))(nnx.Rngs(0).split(1))
+        cache = Cache(stacked, 2, TOKENS)
+        one = make(rngs=nnx.Rngs(0))
+        one.cache = nnx.merge(nnx.graphdef(cache), jax.tree.map(lambda a: a[0], nnx.state(cache)))
+        return one(x)
+
+    text = lowered(decode, jax.ShapeDtypeStruct((2, 1, WIDTH), jnp.float32))
+    assert not cudnn_calls(text)
