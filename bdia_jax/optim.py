@@ -90,8 +90,14 @@ def scale_by_set_adam(
 
         def direction(m, v, is_stacked):
             axes = tuple(range(1 if is_stacked else 0, v.ndim))
-            w = jnp.sqrt(v * _evenness(v, axes) / debias2 + eps)
-            return m / debias1 / (w - tau * jnp.min(w, axis=axes, keepdims=True))
+            evenness = _evenness(v, axes)
+
+            def denominator(v):
+                return jnp.sqrt(v * evenness / debias2 + eps)
+
+            # it grows with v: the smallest w is that of the smallest v, and w need not be kept
+            smallest = denominator(jnp.min(v, axis=axes, keepdims=True))
+            return m / debias1 / (denominator(v) - tau * smallest)
 
         flags = jax.tree.broadcast(stacked, updates)
         return jax.tree.map(direction, mu, nu, flags), SetAdamState(count, mu, nu)

@@ -6,10 +6,7 @@ the same for every variant and not counted.
 """
 
 import dataclasses
-import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -19,24 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks import record
-from benchmarks.stack import (
-    BDIA_GUARD_0,
-    BDIA_GUARD_1,
-    GPU,
-    PLAIN,
-    PLAIN_REMAT,
-    TOY,
-    Shape,
-    lower_gradient,
-)
+from benchmarks.stack import GPU, MIB, TOY, VARIANTS, Shape, lower_gradient
 
-MIB = 2**20
-VARIANTS = {
-    "plain": PLAIN,
-    "remat": PLAIN_REMAT,
-    "bdia_guard0": BDIA_GUARD_0,
-    "bdia_guard1": BDIA_GUARD_1,
-}
 # label, Okabe-Ito colour, vertical offset of the label in points, marker
 STYLES = {
     "plain": ("plain autodiff", "#D55E00", 0, "o"),
@@ -49,7 +30,8 @@ STYLES = {
 def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
     """Per variant: temporary bytes by depth, bytes per added block, and what was expected."""
     rows = {}
-    for name, variant in VARIANTS.items():
+    for name in STYLES:
+        variant = VARIANTS[name]
         sizes = []
         for depth in depths:
             analysis = lower_gradient(shape, depth, variant).compile().memory_analysis()
@@ -60,7 +42,7 @@ def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
             "temp_bytes": dict(zip(map(str, depths), sizes, strict=True)),
             "bytes_per_block": (sizes[-1] - sizes[0]) / (depths[-1] - depths[0]),
         }
-        fixed_point = variant["fixed_point"]
+        fixed_point = getattr(variant, "keywords", {}).get("fixed_point")
         if fixed_point is not None:
             elements = shape.batch * shape.tokens * shape.width
             rows[name]["packed_bytes_per_block"] = elements * fixed_point.side_bits // 8
@@ -68,23 +50,6 @@ def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
         slope = rows[name]["bytes_per_block"] / MIB
         print(f"{name:12s} {cells}   MiB   {slope:.4g} MiB per block", flush=True)
     return rows
-
-
-def compile_seconds(shape: Shape, depths: list[int], repeats: int) -> dict:
-    """Median seconds to trace and compile the reversible gradient, by depth."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        raise RuntimeError("nothing is compiled twice with JAX_COMPILATION_CACHE_DIR set; unset it")
-    seconds: dict[int, list[float]] = {depth: [] for depth in depths}
-    for _ in range(repeats):
-        for depth in depths:
-            jax.clear_caches()
-            start = time.perf_counter()
-            lower_gradient(shape, depth, BDIA_GUARD_1).compile()
-            seconds[depth].append(time.perf_counter() - start)
-    medians = {depth: statistics.median(values) for depth, values in seconds.items()}
-    ratio = medians[depths[-1]] / medians[depths[0]]
-    print("compile  ", {f"K={k}": f"{s:.2f} s" for k, s in medians.items()}, f"ratio {ratio:.2f}")
-    return {"seconds": {str(k): v for k, v in seconds.items()}, "ratio_of_medians": ratio}
 
 
 def draw(rows: dict[str, dict], shape: Shape, path: Path) -> None:
@@ -138,11 +103,8 @@ def main(argv: list[str]) -> dict:
     args = record.parse(record.parser(__doc__), argv)
     shape = TOY if args.toy else GPU if args.gpu else Shape()
     depths = [2, 4] if args.toy else [6, 12, 24, 48]
-    compile_depths = [2, 4] if args.toy else [8, 512]
-    repeats = 1 if args.toy else 3
     results = {
         "variants": measure(shape, depths),
-        "compile": compile_seconds(shape, compile_depths, repeats),
         "excluded": "arguments (parameters, x) and outputs (their gradients)",
     }
     config = {"shape": dataclasses.asdict(shape), "depths": depths}

@@ -1,25 +1,74 @@
-"""The stack every benchmark measures: K pre-norm transformer blocks and nothing around them."""
+"""What every benchmark measures: one stack of transformer blocks, trained in several ways.
 
+A new way to train it is one line in `_TABLE`.
+"""
+
+import argparse
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import FixedPoint
+from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
+from bdia_jax.stacked import Stack
+from benchmarks.alternatives import OffloadStack, ScanStack, TwoLevelStack
 
-_PLAIN = {"magnitude": 0.0, "fixed_point": None}
+Maker = Callable[..., Stack]  # (make_block, depth, rngs=...)
 
-# What is compared: how the stack is trained, as arguments of BDIAStack.
-PLAIN = {**_PLAIN, "backprop": "store"}
-PLAIN_REMAT = {**_PLAIN, "backprop": "remat"}
-BDIA_REMAT = {"fixed_point": FixedPoint(), "backprop": "remat"}
-BDIA_GUARD_0 = {"fixed_point": FixedPoint(guard_bits=0)}
-BDIA_GUARD_1 = {"fixed_point": FixedPoint(guard_bits=1)}
+MIB = 2**20
+# name: (label in tables and figures, what makes the stack)
+_TABLE: dict[str, tuple[str, Maker]] = {
+    "plain": ("plain autodiff", partial(ScanStack, backprop="store")),
+    "remat": ("per-block jax.checkpoint", partial(ScanStack, backprop="remat")),
+    "remat_sqrt": ("two-level jax.checkpoint", TwoLevelStack),
+    "offload": ("per-block jax.checkpoint, states on host", OffloadStack),
+    "revnet": ("RevViT, float", RevStack),
+    "midpoint": ("midpoint, float", MidpointStack),
+    "float_bdia": ("float BDIA", FloatBDIAStack),
+    "bdia_remat": ("BDIA network, jax.checkpoint", partial(BDIAStack, backprop="remat")),
+    "bdia_guard0": ("BDIA, 0 guard bits", partial(BDIAStack, fixed_point=FixedPoint(guard_bits=0))),
+    "bdia_guard1": (
+        "BDIA, 1 guard bit (default)",
+        partial(BDIAStack, fixed_point=FixedPoint(guard_bits=1)),
+    ),
+    "bdia_chunked": ("BDIA, batch in 4 parts", partial(BDIAStack, batch_chunks=4)),
+    "bdia_lean": (
+        "BDIA, batch in 4 parts, by branch",
+        partial(BDIAStack, by_branch=True, batch_chunks=4),
+    ),
+}
+VARIANTS = {name: make for name, (_, make) in _TABLE.items()}
+LABELS = {name: label for name, (label, _) in _TABLE.items()}
+
+
+def variants(names: list[str] | None = None) -> dict[str, Maker]:
+    """The named ones; by default all that differ here: offload is remat where host is device."""
+    if names is None:
+        names = [n for n in VARIANTS if n != "offload" or jax.default_backend() != "cpu"]
+    return {name: VARIANTS[name] for name in names}
+
+
+def add_variants(options: argparse.ArgumentParser) -> None:
+    """--variants NAME ..., for `variants(args.variants)`."""
+    options.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME")
+
+
+def color(name: str) -> str:
+    """Okabe-Ito blue for BDIA, orange for plain autodiff, green for float, brown for remat."""
+    if name.startswith("bdia"):
+        return "#0072B2"
+    return {
+        "plain": "#D55E00",
+        "revnet": "#009E73",
+        "midpoint": "#009E73",
+        "float_bdia": "#009E73",
+    }.get(name, "#9A6A00")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +84,7 @@ class Shape:
     dtype: str = "float32"
 
 
-TOY = Shape(batch=2, tokens=64, width=64, num_heads=2, mlp_dim=128)
+TOY = Shape(batch=4, tokens=64, width=64, num_heads=2, mlp_dim=128)
 GPU = Shape(batch=32, tokens=512, width=1024, num_heads=16, mlp_dim=4096, dtype="bfloat16")
 
 
@@ -51,15 +100,16 @@ def make_block(shape: Shape, rngs: nnx.Rngs) -> PreNormBlock:
     )
 
 
-def make_stack(shape: Shape, depth: int, variant: dict[str, Any]) -> BDIAStack:
+def make_stack(shape: Shape, depth: int, variant: Maker) -> Stack:
     """K blocks in training mode."""
-    return BDIAStack(partial(make_block, shape), depth, rngs=nnx.Rngs(0), **variant)
+    return variant(partial(make_block, shape), depth, rngs=nnx.Rngs(0))
 
 
 def gradient_fn(graphdef):
-    """(params, rest, x, key) -> (loss, (gradients of params, gradient of x)), loss = mean(x_K^2).
+    """(params, rest, x, key) -> (loss, (gradients of params, gradient of x)), loss = mean(y^2).
 
-    x has a gradient too, because an embedding stands before the stack in training.
+    y is x_K, and both streams of RevViT. x has a gradient too, because an embedding stands
+    before the stack in training.
     """
 
     def loss_fn(params, x, rest, key):
@@ -70,10 +120,32 @@ def gradient_fn(graphdef):
     return lambda params, rest, x, key: gradient(params, x, rest, key)
 
 
-def lower_gradient(shape: Shape, depth: int, variant: dict[str, Any]) -> jax.stages.Lowered:
+def step_fn(graphdef):
+    """(params, rest, x, key) -> (new params, loss, gradient of x): jitted, params donated."""
+    gradient = gradient_fn(graphdef)
+
+    def step(params, rest, x, key):
+        loss, (grads, grad_x) = gradient(params, rest, x, key)
+        params = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
+        return params, loss, grad_x  # grad_x is what an embedding would receive
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def lower_gradient(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
     """The gradient of one training step, lowered from shapes alone: no array is made."""
+    graphdef, *arguments = _abstract(shape, depth, variant)
+    return jax.jit(gradient_fn(graphdef)).lower(*arguments)
+
+
+def lower_step(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
+    """One training step with its SGD update, lowered from shapes alone."""
+    graphdef, *arguments = _abstract(shape, depth, variant)
+    return step_fn(graphdef).lower(*arguments)
+
+
+def _abstract(shape, depth, variant):
     abstract = nnx.eval_shape(lambda: make_stack(shape, depth, variant))
     graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
     x = jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.width), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.jit(gradient_fn(graphdef)).lower(params, rest, x, key)
+    return graphdef, params, rest, x, jax.eval_shape(lambda: jax.random.key(0))

@@ -1,58 +1,58 @@
 """Seconds per training step: gradient and SGD update, parameters donated.
 
 The variants take turns, round after round, so that a slow minute of the machine falls on
-all of them; ratios are taken within a round.
+all of them; ratios are taken within a round. Model-FLOP utilization is the step's FLOPs without
+any recomputation (`benchmarks.flops`), per second, over what the fastest of a few large matrix
+products of the same dtype reached here just before. Temporary memory is the compiler's plan.
 """
 
 import dataclasses
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import record
+from benchmarks import dots, record
+from benchmarks.flops import model_flops, peak_flops
 from benchmarks.stack import (
-    BDIA_GUARD_0,
-    BDIA_GUARD_1,
-    BDIA_REMAT,
     GPU,
-    PLAIN,
-    PLAIN_REMAT,
+    MIB,
     TOY,
+    Maker,
     Shape,
-    gradient_fn,
+    add_variants,
+    lower_step,
     make_stack,
+    variants,
 )
 
-VARIANTS = {
-    "plain": PLAIN,
-    "remat": PLAIN_REMAT,
-    "bdia_remat": BDIA_REMAT,
-    "bdia_guard0": BDIA_GUARD_0,
-    "bdia_guard1": BDIA_GUARD_1,
-}
+TOY_NAMES = ["plain", "remat", "bdia_guard1", "bdia_lean"]
 
 
 class Stepper:
-    """A compiled training step and the parameters it moves."""
+    """A compiled training step and the parameters it moves.
 
-    def __init__(self, shape: Shape, depth: int, variant: dict):
+    Args:
+        shape, depth, variant: of the stack.
+        compiled: `lower_step(shape, depth, variant).compile()`, if it has been made already.
+    """
+
+    def __init__(self, shape: Shape, depth: int, variant: Maker, compiled=None):
         self.x = jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
         self.key = jax.random.key(2)
-        graphdef, self.params, self.rest = nnx.split(
-            make_stack(shape, depth, variant), nnx.Param, ...
-        )
-        gradient = gradient_fn(graphdef)
+        stack = make_stack(shape, depth, variant)
+        _, self.params, self.rest = nnx.split(stack, nnx.Param, ...)
+        self.step = compiled or lower_step(shape, depth, variant).compile()
 
-        def step(params, rest, x, key):
-            loss, (grads, grad_x) = gradient(params, rest, x, key)
-            params = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
-            return params, loss, grad_x  # grad_x is what an embedding would receive
-
-        self.step = jax.jit(step, donate_argnums=0)
+    @property
+    def temp_bytes(self) -> int | None:
+        """What the compiled step allocates beside its arguments and results, if that is known."""
+        plan = self.step.memory_analysis()
+        return plan and plan.temp_size_in_bytes
 
     def seconds(self, steps: int) -> float:
         """Mean seconds of a step over `steps` steps in a row."""
@@ -67,58 +67,123 @@ class Stepper:
         return seconds
 
 
-def start(shape: Shape, depth: int) -> dict[str, Stepper]:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step failed for want of memory; anything else is an error."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def start(shape: Shape, depth: int, makers: dict[str, Maker]) -> dict[str, Stepper]:
     """Steppers that ran once; a variant that does not fit in memory is left out."""
     steppers = {}
-    for name, variant in VARIANTS.items():
+    for name, make in makers.items():
         try:
-            stepper = Stepper(shape, depth, variant)
+            stepper = Stepper(shape, depth, make)
             stepper.seconds(1)
             steppers[name] = stepper
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             print(f"{name:12s} out of memory")
     return steppers
 
 
-def measure(shape: Shape, depth: int, rounds: int, steps: int) -> dict[str, dict | None]:
-    """Per variant the seconds of every round, their median and spread, and the ratio to remat."""
-    steppers = start(shape, depth)
+def measure(
+    shape: Shape, depth: int, makers: dict[str, Maker], rounds: int, steps: int, peak: float
+) -> dict[str, dict | None]:
+    """Per variant the seconds of every round and what follows; None if it is out of memory."""
+    steppers = start(shape, depth, makers)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
             seconds[name].append(stepper.seconds(steps))
-    rows: dict[str, dict | None] = dict.fromkeys(VARIANTS)
+    rows: dict[str, dict | None] = dict.fromkeys(makers)
     for name, values in seconds.items():
         low, median, high = statistics.quantiles(values, n=4)
         row = {"median": median, "quartiles": [low, high], "seconds": values}
-        if "remat" in seconds:
-            pairs = zip(values, seconds["remat"], strict=True)
-            row["ratio_to_remat"] = statistics.median(ours / remat for ours, remat in pairs)
+        row["tokens_per_second"] = shape.batch * shape.tokens / median
+        row["utilization"] = model_flops(shape, depth) / median / peak
+        row["temp_bytes"] = steppers[name].temp_bytes
+        for base in ("plain", "remat"):
+            if base in seconds:
+                pairs = zip(values, seconds[base], strict=True)
+                ratios = [ours / theirs for ours, theirs in pairs]
+                row[f"ratio_to_{base}"] = statistics.median(ratios)
+                row[f"ratios_to_{base}"] = ratios
         rows[name] = row
-        ratio = row.get("ratio_to_remat", float("nan"))
-        print(f"{name:12s} {median:9.4f} s  [{low:.4f}, {high:.4f}]  {ratio:.3f} x remat")
+        print(_line(name, row), flush=True)
     return rows
 
 
+def _line(name: str, row: dict) -> str:
+    low, high = row["quartiles"]
+    ratios = [
+        f"{row[f'ratio_to_{base}']:.3f} x {base}"
+        for base in ("plain", "remat")
+        if f"ratio_to_{base}" in row
+    ]
+    return (
+        f"{name:12s} {row['median']:9.4f} s  [{low:.4f}, {high:.4f}]  {'  '.join(ratios)}  "
+        f"{row['tokens_per_second']:,.0f} tokens/s  {100 * row['utilization']:.1f} % of peak  "
+        f"{(row['temp_bytes'] or 0) / MIB:.1f} MiB"
+    )
+
+
+def draw(rows: dict[str, dict | None], shape: Shape, depth: int, path: Path) -> None:
+    """Time against plain autodiff, throughput and memory of every variant."""
+
+    def column(key: str, scale: float = 1.0) -> dict[str, float | None]:
+        return {n: row[key] * scale if row and row[key] else None for n, row in rows.items()}
+
+    base = next((base for base in ("plain", "remat") if rows.get(base)), None)
+    if base:
+        spans = {n: _quartiles(row[f"ratios_to_{base}"]) for n, row in rows.items() if row}
+        time_panel = dots.Panel(f"time of a step, x {base}", column(f"ratio_to_{base}"), spans)
+    else:
+        spans = {name: tuple(row["quartiles"]) for name, row in rows.items() if row}
+        time_panel = dots.Panel("seconds a step", column("median"), spans)
+    panels = [
+        time_panel,
+        dots.Panel("tokens/s", column("tokens_per_second")),
+        dots.Panel("model FLOPs, % of peak", column("utilization", 100)),
+        dots.Panel("temporary memory, MiB", column("temp_bytes", 1 / MIB)),
+    ]
+    title = (
+        f"One training step of {depth} transformer blocks, {shape.dtype}, B={shape.batch} "
+        f"T={shape.tokens} D={shape.width}, on {record.device_name()}"
+    )
+    dots.draw(title, panels, path)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
 def main(argv: list[str]) -> dict:
-    """Measures and records."""
+    """Measures, draws and records."""
     options = record.parser(__doc__)
     options.add_argument("--rounds", type=int, default=None, help="turns of each variant, >= 7")
+    add_variants(options)
     args = record.parse(options, argv)
     shape = TOY if args.toy else GPU if args.gpu else Shape()
     depth = 2 if args.toy else 24 if args.gpu else 12
     rounds = args.rounds or (7 if args.toy else 15 if args.gpu else 9)
     steps = 3 if args.gpu else 1
-    rows = measure(shape, depth, rounds, steps)
+    sizes = (256,) if args.toy else (4096, 8192, 16384) if args.gpu else (1024, 2048, 4096)
+    peak = peak_flops(shape.dtype, sizes)
+    print(f"peak {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s, n = {peak['matmul_size']}")
+    makers = variants(args.variants or (TOY_NAMES if args.toy else None))
+    rows = measure(shape, depth, makers, rounds, steps, peak["flops_per_second"])
     config = {
         "shape": dataclasses.asdict(shape),
         "depth": depth,
         "rounds": rounds,
         "steps_per_round": steps,
+        "model_flops": model_flops(shape, depth),
+        "peak": peak,
     }
-    record.write("step_time", rows, config, argv=argv, args=args)
+    path = record.write("step_time", rows, config, argv=argv, args=args)
+    draw(rows, shape, depth, path.with_suffix(".png"))
     return rows
 
 

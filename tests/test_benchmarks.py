@@ -10,7 +10,17 @@ import pytest
 from flax import nnx
 
 from benchmarks import all as all_benchmarks
-from benchmarks import drift, memory, rebuild_error, record, step_time, vit_memory
+from benchmarks import (
+    compile_time,
+    drift,
+    limits,
+    rebuild_error,
+    record,
+    step_time,
+    vit_memory,
+)
+from benchmarks.flops import model_flops, peak_flops
+from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stack
 
 CASES = ("as_compiled", "off")
 
@@ -19,17 +29,29 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Output folder of `python -m benchmarks.all --toy`."""
+    """Output folder of `python -m benchmarks.all --toy`, what is timed not optimized."""
     out = tmp_path_factory.mktemp("results")
-    all_benchmarks.main(["--toy", "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        for timed in (step_time, limits, compile_time):
+            patch.setattr(timed, "main", partial(_unoptimized, timed.main))
+        all_benchmarks.main(["--toy", "--out", str(out)])
     return out
+
+
+def _unoptimized(main, argv):
+    """main(argv) with programs that compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return main(argv)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _load(out, name):
     return json.loads((out / f"{record.stem(name)}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["memory", "step_time", "drift"])
+@pytest.mark.parametrize("name", ["memory", "step_time", "limits", "compile_time", "drift"])
 def test_record_says_where_it_came_from(ran, name):
     text = (ran / f"{record.stem(name)}.json").read_text()
     document = json.loads(text)
@@ -47,7 +69,7 @@ def test_record_says_where_it_came_from(ran, name):
 
 def test_reversible_memory_grows_by_the_packed_bits_only(ran):
     variants = _load(ran, "memory")["results"]["variants"]
-    assert set(variants) == set(memory.VARIANTS)
+    assert {"plain", "remat", "bdia_guard0", "bdia_guard1"} <= set(variants)
     for name in ("bdia_guard0", "bdia_guard1"):
         row = variants[name]
         assert row["bytes_per_block"] == pytest.approx(row["packed_bytes_per_block"], rel=0.02)
@@ -60,13 +82,91 @@ def test_reversible_memory_grows_by_the_packed_bits_only(ran):
 
 def test_step_time_has_every_round(ran):
     document = _load(ran, "step_time")
-    assert document["config"]["rounds"] >= 7
-    assert set(document["results"]) == set(step_time.VARIANTS)
-    for row in document["results"].values():
+    config, rows = document["config"], document["results"]
+    assert config["rounds"] >= 7
+    assert set(rows) == set(step_time.TOY_NAMES)
+    for row in rows.values():
         low, high = row["quartiles"]
         assert 0 < low <= row["median"] <= high
-        assert len(row["seconds"]) == document["config"]["rounds"]
-    assert document["results"]["remat"]["ratio_to_remat"] == 1.0
+        assert len(row["seconds"]) == config["rounds"]
+        per_second = config["model_flops"] / row["median"]
+        peak = config["peak"]["flops_per_second"]
+        assert row["utilization"] == pytest.approx(per_second / peak)
+        assert row["tokens_per_second"] * row["median"] == pytest.approx(4 * 64)
+    assert rows["remat"]["ratio_to_remat"] == rows["plain"]["ratio_to_plain"] == 1.0
+    assert rows["bdia_lean"]["temp_bytes"] < rows["bdia_guard1"]["temp_bytes"]
+    assert (ran / f"{record.stem('step_time')}.png").stat().st_size > 10_000
+
+
+def test_limits_fit_and_were_run(ran):
+    document = _load(ran, "limits")
+    for axis, unit in document["config"]["units"].items():
+        for row in document["results"][axis].values():
+            assert row["size"] >= unit and row["size"] % unit == 0
+            assert 0 < row["planned_bytes"] <= document["config"]["budget_bytes"]
+            assert row["tokens_per_second"] > 0
+    assert (ran / f"{record.stem('limits')}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("limit", "start"), [(1000, 8), (1000, 4096), (13, 8), (3, 8), (64, 64)])
+def test_largest_fits_and_little_more_does_not(limit, start):
+    tried = []
+    found = limits.largest(lambda size: tried.append(size) or size <= limit, start, 4)
+    assert found <= limit < found + max(4, found // 16)
+    assert found in tried or found == 0
+    assert all(size % 4 == 0 for size in tried) and len(tried) == len(set(tried)) <= 12
+
+
+def test_what_fits_counts_parameters_once_and_temporaries():
+    class Plan:
+        def memory_analysis(self):
+            return self
+
+        argument_size_in_bytes, output_size_in_bytes = 100, 60
+        alias_size_in_bytes, temp_size_in_bytes = 50, 7
+
+    assert limits.planned_bytes(Plan()) == 100 + (60 - 50) + 7
+
+
+def test_compile_time_against_depth(ran):
+    rows = _load(ran, "compile_time")["results"]
+    assert set(rows) == {"bdia_guard1", "loop"}
+    totals = compile_time.total(rows["bdia_guard1"])
+    assert list(totals) == [2, 4]
+    assert rows["bdia_guard1"]["ratio_of_medians"] == pytest.approx(totals[4] / totals[2])
+    assert (ran / f"{record.stem('compile_time')}.png").stat().st_size > 10_000
+
+
+def test_compile_time_refuses_a_cache(quick_compile):
+    with pytest.raises(RuntimeError, match="JAX_COMPILATION_CACHE_DIR"):
+        compile_time.measure(TOY, ["plain"], [2], [2], 1)
+
+
+def test_every_variant_is_a_training_step():
+    assert set(LABELS) == set(VARIANTS)
+    shape = Shape(batch=4, tokens=8, width=16, num_heads=2, mlp_dim=16)
+    for name, make in VARIANTS.items():
+        _, loss, grad_x = lower_step(shape, 4, make).out_info
+        assert loss.shape == (), name
+        assert grad_x.shape == (4, 8, 16), name
+
+
+def test_model_flops_are_those_of_the_compiled_forward():
+    # one block: XLA counts the body of a loop once, however often it runs
+    shape = Shape(batch=2, tokens=32, width=128, num_heads=2, mlp_dim=256)
+    stack = nnx.eval_shape(lambda: make_stack(shape, 1, VARIANTS["plain"]))
+    graphdef, state = nnx.split(stack)
+    forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    x = jax.ShapeDtypeStruct((2, 32, 128), jnp.float32)
+    counted = forward.lower(state, x).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(model_flops(shape, 1) / 3, rel=0.08)
+    assert model_flops(shape, 7) == 7 * model_flops(shape, 1)
+
+
+def test_peak_is_the_fastest_product():
+    peak = peak_flops("float32", (32, 64), repeats=1)
+    assert peak["flops_per_second"] == max(peak["by_size"].values()) > 0
+    assert peak["by_size"][str(peak["matmul_size"])] == peak["flops_per_second"]
 
 
 def test_drift_rows(ran):
@@ -129,7 +229,9 @@ def test_vit_memory_of_a_step(quick_compile):
     assert bdia["temp_bytes"] < plain["temp_bytes"]
 
 
-@pytest.mark.parametrize("benchmark", [memory, step_time, drift, rebuild_error, vit_memory])
+@pytest.mark.parametrize(
+    "benchmark", [*all_benchmarks.RUNS, rebuild_error, vit_memory], ids=lambda b: b.__name__
+)
 def test_toy_numbers_cannot_replace_the_committed_ones(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--toy"])

@@ -139,7 +139,9 @@ def check_flash(width, depth, tokens, implementation):
     audit = flash_stack(width, depth, implementation).audit(x)
     print(f"{implementation} {audit}")
     assert audit.suggested_guard_bits is not None
-    assert flash_stack(width, depth, implementation, audit.suggested_guard_bits).audit(x).exact
+    if audit.suggested_guard_bits > 1:
+        audit = flash_stack(width, depth, implementation, audit.suggested_guard_bits).audit(x)
+    assert audit.exact
     compiled = compiled_gradient(width, depth, tokens, implementation)
     text = compiled.as_text()
     weights = re.search(rf"\[(\d+,)*{tokens},{tokens}\]", text)  # [B, H, T, T] of any grouping

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bdia_jax.optim import scale_by_set_adam
@@ -31,7 +32,7 @@ def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation
         moments = optax.scale_by_adam(b2=config.b2)
     clip = optax.identity()
     if config.grad_clip_norm:
-        clip = optax.clip_by_global_norm(config.grad_clip_norm)
+        clip = _clip_by_global_norm(config.grad_clip_norm)
 
     def is_matrix(params):
         return jax.tree.map(lambda p, in_stack: p.ndim - in_stack >= 2, params, stacked)
@@ -42,3 +43,18 @@ def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one product with a number.
+
+    optax divides by the norm. XLA computes a quotient once, for both moments, and so keeps a second
+    copy of all gradients; a product it computes where it is used.
+    """
+
+    def clip(updates, params=None):
+        del params
+        scale = max_norm / jnp.maximum(optax.global_norm(updates), max_norm)
+        return jax.tree.map(lambda g: g * scale, updates)
+
+    return optax.stateless(clip)

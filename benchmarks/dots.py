@@ -1,0 +1,74 @@
+"""One figure for many variants: a row for each, a panel a quantity, a dot a number."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.stack import LABELS, color
+
+
+def rounded(value: float) -> str:
+    """Three digits: 0.123, 12.3, 12,346."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+class Panel(NamedTuple):
+    """A quantity of every variant.
+
+    title: what it is, with its unit.
+    values: by variant; None where there is no number.
+    spans: (low, high) by variant, drawn as a line behind the dot.
+    text: how a number is written beside its dot.
+    """
+
+    title: str
+    values: dict[str, float | None]
+    spans: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    text: Callable[[float], str] = rounded
+
+
+def draw(title: str, panels: list[Panel], path: Path) -> None:
+    """The panels side by side, the variants in the order of the first one."""
+    names = list(panels[0].values)[::-1]
+    size = (3.0 + 2.9 * len(panels), 1.1 + 0.27 * len(names))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, dpi=160, sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        _draw_panel(axis, panel, names)
+    axes[0][0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw_panel(axis, panel: Panel, names: list[str]) -> None:
+    right = 0.0
+    for y, name in enumerate(names):
+        value = panel.values[name]
+        if not value:
+            none = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
+            axis.text(0.03, y, "does not fit", color="0.5", **none)
+            continue
+        span = panel.spans.get(name, (value, value))
+        axis.plot(span, (y, y), color=color(name), linewidth=2, alpha=0.45)
+        axis.plot(value, y, "o", color=color(name), markersize=6)
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axis.annotate(panel.text(value), (max(value, span[1]), y), **place)
+        right = max(right, value, span[1])
+    axis.set_xlim(0, 1.3 * right or 1)  # room for the number
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)

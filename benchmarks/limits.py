@@ -1,0 +1,177 @@
+"""Largest batch and longest sequence of a training step that fit a memory budget; tokens/s there.
+
+A size fits if the compiler's plan of the whole step does: temporaries, arguments (parameters, x)
+and results, less what the results take over from donated arguments. Nothing is executed to
+find the limit; the step is then run at it. The variants do not take turns, so compare their
+tokens/s only roughly; `benchmarks.step_time` compares them at one size. The batch is that of
+one gradient: summed over several smaller ones, a batch of any size fits. Sizes are found to
+1/16. On a GPU the budget is 95 % of what JAX may use of it, unless --budget-gib says less.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from benchmarks import dots, record
+from benchmarks.stack import MIB, TOY, Maker, Shape, add_variants, lower_step, variants
+from benchmarks.step_time import Stepper, is_out_of_memory
+
+# narrow and deep, so that a step at the limit takes seconds on a CPU; GPT-2 medium's blocks
+CPU = Shape(batch=4, tokens=64, width=128, num_heads=4, mlp_dim=512)
+GPU = Shape(batch=8, tokens=1024, width=1024, num_heads=16, mlp_dim=4096, dtype="bfloat16")
+UNITS = {"batch": 4, "tokens": 64}  # multiples that variants in parts can cut
+# by default; each of the others needs nearly the memory of one of these
+NAMES = ["plain", "remat", "remat_sqrt", "offload", "revnet", "midpoint"]
+NAMES += ["bdia_guard1", "bdia_chunked", "bdia_lean"]
+TITLES = {"batch": "largest batch", "tokens": "longest sequence"}
+
+
+def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
+    """A multiple of unit that fits while one at most 1/16 (or a unit) larger does not; 0: none.
+
+    Doubles from start, or halves the way down, then bisects. What it returns has been tried.
+    """
+    low, high, size = 0, None, start
+    while high is None or high - low > max(unit, low // 16 // unit * unit):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = 2 * low if high is None else (low + high) // 2 // unit * unit
+    return low
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory of one call: temporaries, arguments and results that are not arguments."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        raise RuntimeError(f"{jax.default_backend()} does not analyse memory")
+    inputs = plan.argument_size_in_bytes - plan.alias_size_in_bytes
+    return inputs + plan.output_size_in_bytes + plan.temp_size_in_bytes
+
+
+class Search:
+    """The largest size of one variant along one axis, and the step compiled for it.
+
+    Args:
+        shape, depth, make: of the stack; the axis of shape is what varies.
+        axis: "batch" or "tokens".
+        budget: bytes.
+    """
+
+    def __init__(self, shape: Shape, depth: int, make: Maker, axis: str, budget: float):
+        self.shape, self.depth, self.make, self.axis = shape, depth, make, axis
+        self.budget = budget
+        self.compiles = 0
+        self.best: tuple[Shape, jax.stages.Compiled] | None = None
+
+    def fits(self, size: int) -> bool:
+        """Whether the step of this size does; the last that did is kept."""
+        shape = dataclasses.replace(self.shape, **{self.axis: size})
+        self.compiles += 1
+        try:
+            compiled = lower_step(shape, self.depth, self.make).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        if planned_bytes(compiled) > self.budget:
+            return False
+        self.best = (shape, compiled)
+        return True
+
+    def run(self, seconds: float) -> float | None:
+        """Tokens/s at the limit, over about so many seconds; None if it does not run after all."""
+        if self.best is None:
+            return None
+        shape, compiled = self.best
+        try:
+            stepper = Stepper(shape, self.depth, self.make, compiled)
+            first = stepper.seconds(1)
+            steps = max(1, round(seconds / first))
+            return shape.batch * shape.tokens / stepper.seconds(steps)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+def measure(
+    shape: Shape, depth: int, makers: dict[str, Maker], budget: float, units: dict[str, int]
+) -> dict[str, dict[str, dict]]:
+    """Per axis and variant: the largest size, its plan in bytes, and tokens/s there."""
+    results: dict[str, dict[str, dict]] = {}
+    for axis, unit in units.items():
+        rows = results[axis] = {}
+        start = getattr(shape, axis)
+        for name, make in makers.items():
+            began = time.perf_counter()
+            search = Search(shape, depth, make, axis, budget)
+            size = largest(search.fits, start, unit)
+            row = {"size": size, "planned_bytes": None, "tokens_per_second": search.run(2.0)}
+            if search.best:
+                row["planned_bytes"] = planned_bytes(search.best[1])
+                start = size  # the next variant's search begins near its end
+            rows[name] = row
+            speed = row["tokens_per_second"]
+            print(
+                f"{axis:6s} {name:12s} {size:7d}  {(row['planned_bytes'] or 0) / MIB:9.1f} MiB  "
+                + (f"{speed:,.0f} tokens/s" if speed else "did not run")
+                + f"  ({search.compiles} compiled, {time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
+    return results
+
+
+def draw(results: dict, shape: Shape, depth: int, budget: float, path: Path) -> None:
+    """Both limits of every variant and its throughput there."""
+    panels = []
+    fixed = {"batch": f"T={shape.tokens}", "tokens": f"B={shape.batch}"}
+    for axis, rows in results.items():
+        sizes = {name: float(row["size"]) or None for name, row in rows.items()}
+        speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
+        title = f"{TITLES[axis]} ({fixed[axis]})"
+        panels += [dots.Panel(title, sizes), dots.Panel("tokens/s there", speeds)]
+    title = (
+        f"One training step of {depth} transformer blocks, {shape.dtype}, D={shape.width}, "
+        f"in {budget / 2**30:.3g} GiB, on {record.device_name()}"
+    )
+    dots.draw(title, panels, path)
+
+
+def main(argv: list[str]) -> dict:
+    """Searches, runs, draws and records."""
+    options = record.parser(__doc__)
+    options.add_argument("--budget-gib", type=float, help="0.25 on a CPU; a GPU's own, less 5 %%")
+    add_variants(options)
+    args = record.parse(options, argv)
+    shape, depth = (TOY, 2) if args.toy else (GPU, 24) if args.gpu else (CPU, 32)
+    units = {axis: min(unit, getattr(shape, axis)) for axis, unit in UNITS.items()}
+    budget = 2.0**30 * args.budget_gib if args.budget_gib else _default_budget(args.toy)
+    names = ["bdia_guard1"] if args.toy else [n for n in NAMES if n in variants()]
+    makers = variants(args.variants or names)
+    results = measure(shape, depth, makers, budget, units)
+    config = {
+        "shape": dataclasses.asdict(shape),
+        "depth": depth,
+        "budget_bytes": int(budget),
+        "units": units,
+    }
+    path = record.write("limits", results, config, argv=argv, args=args)
+    draw(results, shape, depth, budget, path.with_suffix(".png"))
+    return results
+
+
+def _default_budget(toy: bool) -> float:
+    if toy:
+        return 4.5 * MIB  # the size it starts from fits, twice it does not
+    statistics = jax.devices()[0].memory_stats() or {}
+    return 0.95 * statistics["bytes_limit"] if "bytes_limit" in statistics else 2.0**30 / 4
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
