@@ -9,11 +9,12 @@ import sys
 
 import jax.numpy as jnp
 
+from bdia_jax import memory_report
 from benchmarks import record
 from configs import vit_cifar10
 from train.config import Config
 from train.images import Images, make_task
-from train.program import compile_steps, make_program, planned_memory
+from train.program import compile_steps, make_program
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}
 MIB = 2**20
@@ -27,9 +28,9 @@ def measure(run: str, changes: dict) -> dict[str, float]:
     batch = config.batch_size
     images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
     task = make_task(config, images, images, num_classes=10)
-    memory = planned_memory(compile_steps(make_program(config, task), task))
-    state = memory.argument_size_in_bytes - images.images.nbytes - images.labels.nbytes
-    temp = memory.temp_size_in_bytes
+    memory = memory_report(compile_steps(make_program(config, task), task))
+    state = memory.arguments - images.images.nbytes - images.labels.nbytes
+    temp = memory.temporaries
     return {"temp_bytes": temp, "state_bytes": state, "total_bytes": temp + state}
 
 

@@ -153,14 +153,6 @@ def compile_steps(program: Program, task: Task) -> jax.stages.Compiled:
     return program.train_steps.lower(*operands).compile()
 
 
-def planned_memory(compiled: Any):
-    """What the compiler has planned: temporaries, arguments, results, in bytes."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise NotImplementedError(f"{jax.default_backend()} reports no memory analysis")
-    return analysis
-
-
 def _split(model: nnx.Module):
     """(graphdef, parameters, statistics, random state)."""
     graphdef, params, rng_state, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdia_jax import memory_report
 from train import images, language, translation
 from train.checkpoint import Checkpoints, open_workdir
 from train.config import Config, ImageInput, TextInput
 from train.datasets.registry import footnote, open_builder
 from train.log import Log, draw_curve, format_bytes, read_records
-from train.program import Program, State, compile_steps, make_program, planned_memory
+from train.program import Program, State, compile_steps, make_program
 from train.task import Task, group_size
 
 NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
@@ -66,7 +67,7 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     fingerprint = _check_same_data(path, task)
     program = make_program(config, task)
     train_steps = compile_steps(program, task)
-    memory = planned_memory(train_steps)
+    memory = memory_report(train_steps)
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore_or(program.init)
         start = int(state["step"])
@@ -82,14 +83,14 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             start,
             config.num_steps,
             config.batch_size * config.num_seeds,
-            memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+            memory.temporaries + memory.arguments,
         )
         log.start(
             command=command,
             fingerprint=fingerprint,
             data_note=footnote(open_builder(config.dataset, config.data_dir)),
             steps_per_epoch=program.steps_per_epoch,
-            temp_bytes=memory.temp_size_in_bytes,
+            temp_bytes=memory.temporaries,
         )
         state, metrics = _loop(
             config, task, program._replace(train_steps=train_steps), checkpoints, log, state
@@ -190,7 +191,7 @@ def memory_line(config: Config, workdir: str) -> str:
     plain = dataclasses.replace(config, stack="bdia", gamma=0.0, quantize=False, backprop="store")
     task = load_task(plain)
     compiled = compile_steps(make_program(plain, task), task)
-    plain_bytes = planned_memory(compiled).temp_size_in_bytes
+    plain_bytes = memory_report(compiled).temporaries
     return (
         f"a step needs {format_bytes(own_bytes)} beyond parameters and data, "
         f"the plain model {format_bytes(plain_bytes)}: {own_bytes / plain_bytes:.2f} of it"
