@@ -105,6 +105,11 @@ def test_the_audit_of_a_stack_is_exact(block):
     assert audit.exact and len(audit.mismatches) == 8, audit
 
 
+def test_the_audit_of_a_stack_in_parts_is_exact():
+    audit = make(Dropout, depth=9, batch_chunks=2).audit(X)
+    assert audit.exact and audit.elements == X.size and len(audit.mismatches) == 8, audit
+
+
 @pytest.mark.parametrize("gamma_bits", [2, 3])
 def test_other_magnitudes(gamma_bits):
     fp = FixedPoint(gamma_bits=gamma_bits)

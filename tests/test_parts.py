@@ -17,6 +17,7 @@ from bdia_jax.models.transformer import Transformer
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.parts import WHOLE, choose_parts
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # test_branches.py has optimized programs
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 ALL = {"by_branch": True, "batch_chunks": 2, "token_chunks": 3}
 X = jax.random.normal(jax.random.key(0), (4, 6, 16))
@@ -41,10 +42,8 @@ def gradient(stack, *args):
 # --- the stack for NNX ---------------------------------------------------------------
 
 
-def test_a_stack_in_parts_has_the_gradients_of_store_and_is_exact():
+def test_a_stack_in_parts_has_the_gradients_of_store():
     assert_grads_close(gradient(make(**ALL), X), gradient(make(**ALL, backprop="store"), X), F32)
-    found = make(**ALL).audit(X)
-    assert found.exact and found.elements == X.size
 
 
 def test_without_dropout_parts_change_rounding_only():
