@@ -135,10 +135,12 @@ def check_chunks(functions: int, x0, batch_chunks, token_chunks) -> tuple[int, .
             f"token_chunks is {token_chunks}, expected an int or one for each of {functions} "
             "function(s) of the block"
         )
-    for name, count in (("batch_chunks", batch_chunks), *(("token_chunks", c) for c in counts)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} is {count!r}, expected a positive int")
-    if x0.shape[0] % batch_chunks:
+    if not functions:
+        raise ValueError("block_fn is empty, expected a function or a tuple of its branches")
+    check_count("batch_chunks", batch_chunks)
+    for count in counts:
+        check_count("token_chunks", count)
+    if batch_chunks > 1 and (x0.shape[0] == 0 or x0.shape[0] % batch_chunks):
         raise ValueError(
             f"batch_chunks={batch_chunks} does not divide the batch of x of shape {x0.shape}; "
             f"take a divisor of {x0.shape[0]}"
@@ -147,20 +149,26 @@ def check_chunks(functions: int, x0, batch_chunks, token_chunks) -> tuple[int, .
         if count > 1 and (x0.ndim < 3 or x0.shape[1] % count):
             raise ValueError(
                 f"token_chunks={count} needs x of shape [B, T, ..., D] with T divisible by it, "
-                f"but x has shape {x0.shape}"
+                f"but x has shape {x0.shape}; take a divisor of T, or 1"
             )
     return counts
 
 
+def check_count(name: str, count) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} is {count!r}, expected a positive int")
+
+
+def abstract_block(block_fn, params, x, consts):
+    """(jaxpr, shapes of the result) of one block. Of x and consts only shapes are read."""
+    params_k = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+    x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
+
+
 def check_block(block_fn, params, x0, consts, has_aux):
     """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
-
-    def slice_of(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-
-    params_k = jax.tree.map(slice_of, params)
-    x = jax.ShapeDtypeStruct(x0.shape, jnp.float32)
-    jaxpr, out = jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
+    jaxpr, out = abstract_block(block_fn, params, x0, consts)
     traced = [const for const in jaxpr.consts if isinstance(const, Tracer)]
     if traced:
         raise ValueError(

@@ -116,10 +116,8 @@ def audit(
     """
     if gamma is None:
         raise ValueError("gamma is None, so nothing is rebuilt; pass gamma=sample_gamma(...)")
-    static, operands, _ = prepare(
-        *(block_fn, params, x0, gamma, consts, fixed_point, "reversible", has_aux),
-        *(batch_chunks, token_chunks),
-    )
+    options = (fixed_point, "reversible", has_aux, batch_chunks, token_chunks)
+    static, operands, _ = prepare(block_fn, params, x0, gamma, consts, *options)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
 

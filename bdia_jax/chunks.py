@@ -1,4 +1,4 @@
-"""A loop over parts of an axis that overwrites its arrays in place."""
+"""Parts of the batch or the tokens, one after the other, each overwriting its own in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bdia_jax.split import Split
+
 PyTree = Any
+BATCH, TOKENS = 0, 1  # axes of [B, T, ..., D]
 
 
 def loop(count: int, body: Callable[[jax.Array, PyTree], PyTree], carry: PyTree) -> PyTree:
@@ -21,7 +24,8 @@ def loop(count: int, body: Callable[[jax.Array, PyTree], PyTree], carry: PyTree)
 def cut(array: jax.Array, index, count: int, axis: int) -> jax.Array:
     """Part `index` of `count` of an axis that count divides: every count-th, from index on.
 
-    So an axis sharded over devices gives every device its share of each part.
+    So of a batch sharded over n devices every device has its share of each part, as long as n
+    divides the part.
     """
     return jax.lax.dynamic_index_in_dim(_split(array, count, axis), index, axis + 1, keepdims=False)
 
@@ -39,9 +43,9 @@ def _split(array: jax.Array, count: int, axis: int) -> jax.Array:
     return array.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
 
 
-def fold_keys(leaves: list[jax.Array], index) -> list[jax.Array]:
-    """Every typed PRNG key among the leaves made that of a part: parts draw differently."""
-    return [_fold(leaf, index) if _is_key(leaf) else leaf for leaf in leaves]
+def fold(split: Split, index) -> Split:
+    """The leaves for one part: typed PRNG keys become others, so that parts draw differently."""
+    return Split(split.diff, [_fold(leaf, index) if _is_key(leaf) else leaf for leaf in split.data])
 
 
 def _is_key(leaf) -> bool:
@@ -51,3 +55,30 @@ def _is_key(leaf) -> bool:
 def _fold(keys, index):
     folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
     return folded.reshape(keys.shape)
+
+
+# --- consts, of which a part of the batch sees its own -----------------------------------
+
+
+def is_own(leaf, batch: int) -> bool:
+    """Whether every sample has its own of this leaf of consts."""
+    return leaf.ndim > 0 and leaf.shape[0] == batch
+
+
+def cut_consts(consts: Split, index, count: int, batch: int) -> Split:
+    """The leaves for part `index` of the batch; of what all samples share, keys are folded."""
+
+    def choose(leaf, shared):
+        return cut(leaf, index, count, BATCH) if is_own(leaf, batch) else shared
+
+    return jax.tree.map(choose, consts, fold(consts, index))
+
+
+def add_consts(totals: list, parts: list, index, count: int, batch: int) -> list:
+    """totals + parts, where parts are cotangents of `cut_consts`."""
+    return [
+        put(total, cut(total, index, count, BATCH) + part, index, BATCH)
+        if is_own(total, batch)
+        else total + part
+        for total, part in zip(totals, parts, strict=True)
+    ]

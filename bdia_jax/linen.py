@@ -99,9 +99,11 @@ class BDIAStack(nn.Module):
             deterministic=deterministic or self.is_initializing(),
         )
 
-        def pure_method(method: str | None):
+        def pure_method(index: int, method: str | None):
             def block_fn(params_k, x, *consts):
                 variables_k, keys_k = params_k
+                if index:  # streams start anew in every branch
+                    keys_k = {s: jax.random.fold_in(key, index) for s, key in keys_k.items()}
                 options = {"rngs": keys_k, "mutable": mutable, "method": method}
                 out, new_state = block.apply(variables_k, x, *consts, **options, **block_kwargs)
                 h, aux = out if self.has_aux else (out, None)
@@ -113,9 +115,9 @@ class BDIAStack(nn.Module):
         gamma = None
         if self.magnitude and not deterministic and not self.is_initializing():
             gamma = sample_gamma(self.make_rng("gamma"), self.depth, x.shape[0], self.magnitude)
-        branches = tuple(map(pure_method, parts.branches))
+        branches = tuple(pure_method(i, method) for i, method in enumerate(parts.branches))
         out, aux = bdia_scan(
-            branches or pure_method(None),
+            branches or pure_method(0, None),
             (variables, keys),
             x,
             gamma,

@@ -52,8 +52,8 @@ class BDIAStack(Stack):
     Raises:
         ValueError: a depth below 1, or inference_gamma outside [-0.5, 0.5].
 
-    What a deep stack still needs is the backward pass of one block. Three arguments make it less;
-    `block_fn`, `batch_chunks` and `token_chunks` of `bdia_jax.bdia_scan` say how:
+    What a deep stack still needs is the backward pass of one block. Three arguments make that of
+    "reversible" smaller; `block_fn`, `batch_chunks` and `token_chunks` of `bdia_scan` say how:
 
         batch_chunks=n: a block is evaluated n times, each on a part of the batch (consts with a
             leading axis B are cut too). Costs nothing but smaller matrix products.

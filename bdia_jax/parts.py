@@ -1,8 +1,13 @@
-"""What a stack's by_branch, batch_chunks and token_chunks mean for its blocks, in any Flax API."""
+"""What a stack's by_branch, batch_chunks and token_chunks ask of its blocks, in any Flax API.
+
+A block is a sum of branches; each is evaluated in parts (chunks) of the batch or the tokens.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from bdia_jax._checks import check_count
 
 
 class Parts(NamedTuple):
@@ -38,6 +43,8 @@ def choose_parts(
     Raises:
         ValueError: a block that does not say it; in training, a block with state.
     """
+    check_count("batch_chunks", batch_chunks)
+    check_count("token_chunks", token_chunks)
     if token_chunks == 1 and batch_chunks == 1 and not by_branch:
         return WHOLE
     if state:
@@ -45,10 +52,16 @@ def choose_parts(
             return WHOLE
         raise ValueError(
             f"the block has state ({', '.join(state)}), which its parts would each update; take "
-            "by_branch=False, batch_chunks=1 and token_chunks=1"
+            "by_branch=False, batch_chunks=1 and token_chunks=1, or if it is a constant pass it to "
+            "the stack's call, which hands it to the block"
         )
     names = branch_names(block) if by_branch or token_chunks > 1 else ()
     per_token = getattr(block, "per_token", ())
+    if wrong := [name for name in per_token if names and name not in names]:
+        raise ValueError(
+            f"{type(block).__name__}.per_token names {wrong[0]!r}, which is none of its branches "
+            f"{names}"
+        )
     if token_chunks > 1 and not per_token:
         raise ValueError(
             f"token_chunks is {token_chunks}, but {type(block).__name__} names no branch that "
@@ -70,5 +83,10 @@ def branch_names(block: Any) -> tuple[str, ...]:
             f"{type(block).__name__} does not say what its branches are; give it the class "
             'attribute branches = ("f", "g") for h = f(x) + g(x + f(x)), naming methods '
             "(x, *consts) -> r"
+        )
+    if isinstance(names, str) or not all(hasattr(block, name) for name in names):
+        raise ValueError(
+            f"{type(block).__name__}.branches is {names!r}, expected a tuple of the names of its "
+            'methods, as in ("f", "g")'
         )
     return tuple(names)

@@ -5,7 +5,7 @@ bits, and one reverse scan that rebuilds each state while it accumulates gradien
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,22 +13,15 @@ import jax.numpy as jnp
 
 from bdia_jax import _checks
 from bdia_jax.autodiff import autodiff_scan
-from bdia_jax.branches import (
-    Blocks,
-    add_consts,
-    cut_consts,
-    fold,
-    make_blocks,
-    value,
-    value_and_vjp,
-)
-from bdia_jax.chunks import cut, loop, put
+from bdia_jax.blocks import Blocks, make_blocks
+from bdia_jax.branches import value, value_and_vjp
+from bdia_jax.chunks import BATCH, add_consts, cut, cut_consts, fold, loop, put
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import inverse_step, step
 from bdia_jax.split import Split, per_sample, split
 
 PyTree = Any
-BlockFn = Callable[..., Any] | tuple[Callable[..., Any], ...]
+BlockFn = Callable[..., Any] | Sequence[Callable[..., Any]]
 
 
 def bdia_scan(
@@ -61,8 +54,8 @@ def bdia_scan(
             same shape. It must be deterministic (dropout takes its key from params_k) and
             must not close over traced values; those go through params or consts.
             Or a tuple of such functions, the branches of a block: (f, g) is
-            h = f(x) + g(x + f(x)). The backward pass then holds the residuals of one branch at
-            a time, and evaluates every branch but the last once more.
+            h = f(x) + g(x + f(x)). The backward pass of "reversible" then holds the residuals of
+            one branch at a time, and evaluates every branch but the last once more.
         params: pytree of arrays stacked on a leading axis K. Float leaves get gradients;
             integers, booleans and PRNG keys ride along.
         x0: float32 or bfloat16 [B, ..., D].
@@ -78,9 +71,10 @@ def bdia_scan(
             with gamma None.
         has_aux: whether block_fn returns (h, aux).
         batch_chunks: parts of the batch a block is evaluated in, one after the other; the
-            backward pass needs memory for one part, and evaluates nothing more for it. The
-            block must treat samples alike and have no aux. Leaves of consts with a leading axis
-            B are cut too. Typed PRNG keys in params are folded with the part's index.
+            backward pass of "reversible" needs memory for one part, and evaluates nothing more
+            for it ("store" and "remat" only compute the same). The block must treat samples alike
+            and have no aux. Leaves of consts with a leading axis B are cut too. A typed PRNG key
+            is folded with the part's index; of keys as plain integers all parts draw alike.
         token_chunks: likewise parts of axis 1 of x [B, T, ..., D], for a block that treats
             tokens alike (an MLP); one number, or one for each branch. It sees consts whole.
 
@@ -101,10 +95,8 @@ def bdia_scan(
         >>> jax.grad(loss)(w).shape
         (12, 16, 16)
     """
-    call = prepare(
-        *(block_fn, params, x0, gamma, consts, fixed_point, backprop, has_aux),
-        *(batch_chunks, token_chunks),
-    )
+    options = (fixed_point, backprop, has_aux, batch_chunks, token_chunks)
+    call = prepare(block_fn, params, x0, gamma, consts, *options)
     if backprop == "reversible":
         try:
             result: Any = _reversible(call.static, *call.operands)
@@ -159,8 +151,9 @@ def prepare(
     gamma, gamma_is_valid = _checks.check_gamma(
         gamma, depth, x0.shape[0], fixed_point if backprop == "reversible" else None
     )
+    is_inference = gamma is None
     blocks, merge_aux = make_blocks(
-        block_fn, params, x0, consts, has_aux, batch_chunks, token_chunks
+        block_fn, params, x0, consts, has_aux, batch_chunks, token_chunks, is_inference
     )
     static = Static(blocks, fixed_point, merge_aux)
     operands = (split(params)[0], x0, gamma, split(consts)[0])
@@ -304,15 +297,15 @@ def _undo_in_parts(static, operands, known, states, ct_consts):
 
     def body(index, carry):
         states, ct_params_k, ct_consts, seen = carry
-        known_i, states_i = jax.tree.map(lambda a: cut(a, index, count, 0), (known, states))
-        consts_i = Split(*(cut_consts(leaves, index, count, batch) for leaves in consts))
+        known_i, states_i = jax.tree.map(lambda a: cut(a, index, count, BATCH), (known, states))
+        consts_i = cut_consts(consts, index, count, batch)
         operands_i = (fold(params_k, index), consts_i, ct_aux_k)
         zeros = jax.tree.map(jnp.zeros_like, consts_i.diff)
         states_i, ct_params_i, ct_consts_i, seen_i = _undo(
             static, operands_i, known_i, states_i, zeros
         )
         states, seen = jax.tree.map(
-            lambda whole, part: put(whole, part, index, 0), (states, seen), (states_i, seen_i)
+            lambda whole, part: put(whole, part, index, BATCH), (states, seen), (states_i, seen_i)
         )
         ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
         ct_consts = add_consts(ct_consts, ct_consts_i, index, count, batch)

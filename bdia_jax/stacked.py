@@ -50,7 +50,7 @@ class Stack(nnx.Module):
         """The blocks as pure functions, one for each `call(block, x, *consts)`.
 
         In training mode every random stream inside the blocks gets new keys from the stream
-        "dropout" of rngs, one a block.
+        "dropout" of rngs, one a block, and others in each function but the first.
         """
         graphdef, weights, keys, counts, state = nnx.split(
             self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
@@ -59,9 +59,12 @@ class Stack(nnx.Module):
         if not self.deterministic and jax.tree.leaves(keys):
             keys = _reseed(keys, draw(rngs, "dropout"), self.depth)
 
-        def pure_block(call):
+        def pure_block(index, call):
             def block_fn(params_k, x, *consts):
-                block = nnx.merge(graphdef, *params_k)
+                weights, keys, *rest = params_k
+                if index:  # streams start anew in every function
+                    keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), keys)
+                block = nnx.merge(graphdef, weights, keys, *rest)
                 out = call(block, x, *consts)
                 h, aux = out if self.has_aux else (out, None)
                 new_state = nnx.split(block, nnx.Param, nnx.RngState, ...)[3] if has_state else None
@@ -69,7 +72,7 @@ class Stack(nnx.Module):
 
             return block_fn
 
-        block_fns = tuple(pure_block(call) for call in calls)
+        block_fns = tuple(pure_block(index, call) for index, call in enumerate(calls))
         return Pure(block_fns, (weights, keys, counts, state), has_state)
 
     def state_names(self) -> list[str]:

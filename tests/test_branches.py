@@ -159,24 +159,75 @@ def test_parts_draw_masks_of_their_own_from_typed_keys():
     assert_same_bits(x[::2], x[1::2])
 
 
-def test_aux_of_branches_is_a_tuple():
-    def f(params, x):
-        h = jnp.tanh(x * params["w"])
-        return h, jnp.sum(h**2)
+def test_keys_in_consts_are_folded_too_and_those_of_samples_cut():
+    def noise(params, x, key, keys):
+        own = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))(keys)
+        return jax.random.uniform(key, x.shape) + 10 * own
 
-    def g(params, x):
-        return jnp.sin(x * params["w"]), {"count": jnp.int32(3)}
+    keys = jax.random.split(jax.random.key(2), B)
+    args = (noise, jnp.ones(2), jnp.zeros((B, T, D)), None, jax.random.key(1), keys)
+    x, whole = bdia_scan(*args, batch_chunks=2), bdia_scan(*args)
+    assert relative_error(x[::2] % 0.1, x[1::2] % 0.1) > 0.1
+    assert np.all(jnp.abs(x - whole) < 2.01)  # the samples' own draws are the same
+
+
+def test_aux_of_branches_is_a_tuple():
+    def branch(power):
+        def f(params, x):
+            h = jnp.tanh(x * params["w"]) ** power
+            return h, {"sum": power * jnp.sum(h**2), "count": jnp.int32(power)}
+
+        return f
 
     w = jnp.linspace(0.1, 0.5, DEPTH)
     _, x0, gamma, *_ = case()
 
     def loss(w, backprop):
-        x, aux = bdia_scan((f, g), {"w": w}, x0, gamma, has_aux=True, backprop=backprop)
-        assert aux[0].shape == (DEPTH,) and aux[1]["count"].shape == (DEPTH,)
-        return jnp.sum(x) + jnp.sum(aux[0])
+        fns = [branch(power) for power in (1, 2, 3)]
+        x, aux = bdia_scan(fns, {"w": w}, x0, gamma, has_aux=True, backprop=backprop)
+        assert [a["count"].shape for a in aux] == [(DEPTH,)] * 3
+        return jnp.sum(x) + sum(weight * jnp.sum(a["sum"]) for weight, a in enumerate(aux, 1))
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     assert_grads_close(grad(w, "reversible"), grad(w, "store"), F32)
+
+
+def test_parts_with_one_gamma_for_all_bfloat16_input_and_a_nan():
+    params, x0, gamma, *consts = case()
+    gamma = gamma[:, :1]
+    x0 = x0.astype(jnp.bfloat16).at[0, 0, 0].set(jnp.nan)
+
+    def run(backprop):
+        def loss(x0):
+            x = bdia_scan(whole, params, x0, gamma, *consts, backprop=backprop, batch_chunks=2)
+            return jnp.sum(jnp.sin(x)), x
+
+        return jax.jit(jax.grad(loss, has_aux=True))(x0)
+
+    (grad, x), (expected, stored) = run("reversible"), run("store")
+    assert_same_bits(x, stored)
+    assert grad.dtype == jnp.bfloat16
+    assert_grads_close(grad[1:], expected[1:], GRAD_TOLERANCE[jnp.dtype(jnp.bfloat16)])
+    assert np.all(np.isnan(x[0]).any()) and np.all(np.isfinite(x[1:]))
+
+
+def test_a_nan_stays_in_its_sample_by_branch():
+    _, x0, gamma, *_ = case()
+    bad = x0.at[0].set(jnp.nan)
+    f = lambda w, x: jnp.tanh(x * w)  # noqa: E731
+    grad = jax.grad(lambda x0: jnp.sum(bdia_scan((f, f), jnp.ones(DEPTH), x0, gamma)))(bad)
+    assert np.all(np.isfinite(grad[1:]))
+
+
+def test_seeds_side_by_side_in_parts():
+    params, x0, gamma, *consts = case()
+
+    def loss(x0):
+        return jnp.sum(bdia_scan(whole, params, x0, gamma, *consts, batch_chunks=2) ** 2)
+
+    both = jnp.stack([x0, 2 * x0])
+    expected = jnp.stack([jax.grad(loss)(x) for x in both])
+    assert_grads_close(jax.jit(jax.vmap(jax.grad(loss)))(both), expected, 1e-4)
 
 
 # --- what it costs, and what it saves ------------------------------------------------
@@ -261,6 +312,27 @@ def test_each_way_holds_less():
     assert sizes["tokens"] < sizes["branches"]
     assert sizes["batch"] < sizes["tokens"] < 0.6 * sizes["whole"]
     assert sizes["all"] < sizes["batch"] < 0.4 * sizes["whole"]
+    # control: it is the rebuild that makes use of it
+    assert temp_bytes(branches, backprop="remat") > sizes["whole"]
+
+
+def test_a_branch_may_bring_its_own_checkpoint_policy():
+    # that it also saves memory shows on a GPU: on a CPU XLA merges the two evaluations again
+    policy = jax.checkpoint_policies.nothing_saveable
+    own = jax.checkpoint(wide_mlp, policy=policy)
+    params = {"q": jnp.ones((2, D, D)) / D, "in": jnp.ones((2, D, D)) / D}
+    params["out"] = jax.random.normal(jax.random.key(0), (2, D, D))
+    _, x0, gamma, *_ = case(2)
+
+    def grad(mlp):
+        def loss(p):
+            return jnp.sum(bdia_scan((attention_like, mlp), p, x0, gamma, batch_chunks=2) ** 2)
+
+        return jax.grad(loss)
+
+    flops = [_flops(jax.make_jaxpr(grad(mlp))(params).jaxpr) for mlp in (own, wide_mlp)]
+    assert flops[0] == flops[1] + 2 * B * T * D * D  # the first product of every block once more
+    assert_grads_close(jax.jit(grad(own))(params), jax.jit(grad(wide_mlp))(params), F32)
 
 
 def test_an_added_block_still_costs_its_side_bits():
@@ -312,7 +384,8 @@ def aux_block(params, x):
         ({"token_chunks": 4}, r"token_chunks=4 .*\(4, 6, 8\)"),
         ({"token_chunks": (1, 2)}, "one for each of 1 function"),
         ({"token_chunks": 2.0}, "token_chunks is 2.0"),
-        ({"batch_chunks": 2, "has_aux": True, "block_fn": aux_block}, "aux .*evaluate it whole"),
+        ({"block_fn": ()}, "block_fn is empty"),
+        ({"batch_chunks": 2, "has_aux": True, "block_fn": aux_block}, "aux .*set both to 1"),
     ],
 )
 def test_refused(options, message):
@@ -322,17 +395,34 @@ def test_refused(options, message):
         bdia_scan(options.pop("block_fn"), jnp.ones(DEPTH), x0, gamma, **options)
 
 
-def test_a_const_that_looks_like_one_a_sample_is_explained():
-    params, x0, gamma, _, own = case()
-    four = jnp.ones(B)  # not per sample
+@pytest.mark.parametrize("batch_chunks", [2, 4])
+@pytest.mark.parametrize("use", ["broadcast", "look up"])
+def test_a_const_whose_axis_is_the_batch_by_chance_is_refused(batch_chunks, use):
+    _, x0, gamma, _, own = case()
+    x0 = x0[:, :B]  # B tokens
+    positions = jnp.arange(B * D, dtype=jnp.float32).reshape(B, D)  # [T, D], T = B
 
-    def block(params, x, four, own):
-        return jnp.tanh(x[..., :4] * four).sum(-1, keepdims=True) * jnp.ones(D)
+    def block(params, x, positions, own):
+        rows = positions if use == "broadcast" else positions[jnp.arange(B)]
+        return jnp.tanh(params * x * own[:, :B] + rows)
 
-    bdia_scan(block, params, x0, gamma, four, own)
+    options = {"batch_chunks": batch_chunks}
+    args = (block, jnp.ones(DEPTH), x0)
+    with pytest.raises(ValueError, match=r"consts\[0\] has a leading axis of 4.*axis of 1"):
+        bdia_scan(*args, gamma, positions, own, **options)
+    # at inference nothing depends on the parts, so there are none; given as said there are
+    whole = bdia_scan(*args, None, positions, own)
+    assert_same_bits(bdia_scan(*args, None, positions, own, **options), whole)
+    if use == "broadcast":
+        bdia_scan(*args, gamma, positions[None], own, **options)
+
+
+def test_an_error_of_the_block_says_what_it_was_given():
+    _, x0, gamma, _, own = case()
     with pytest.raises((TypeError, ValueError)) as caught:
-        bdia_scan(block, params, x0, gamma, four, own, batch_chunks=2)
-    assert "share a leading axis of 1" in "".join(caught.value.__notes__)
+        bdia_scan(lambda p, x, y: x * y, jnp.ones(DEPTH), x0, gamma, own, token_chunks=2)
+    notes = "".join(caught.value.__notes__)
+    assert "x of shape (4, 3, 8)" in notes and "Nothing in them is cut like the tokens" in notes
 
 
 def test_token_chunks_need_a_token_axis():

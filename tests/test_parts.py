@@ -13,7 +13,7 @@ import bdia_jax
 from bdia_jax.generate import generate
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.gpt2 import GPT2
-from bdia_jax.models.transformer import Transformer
+from bdia_jax.models.transformer import DecoderBlock, Transformer
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.parts import WHOLE, choose_parts
 
@@ -64,6 +64,12 @@ def test_attributes_can_be_set_later_and_inference_takes_what_divides():
     stack.eval()
     assert stack(X).shape == X.shape  # 6 tokens in 2 parts
     assert stack(X[:3, :5]).shape == (3, 5, 16)
+    options = {"by_branch": False, "batch_chunks": 4, "token_chunks": 4, "state": []}
+    parts = choose_parts(stack.blocks, X.shape, **options, deterministic=True)
+    assert parts.chunks == {"batch_chunks": 4, "token_chunks": (1, 2)}
+    stack.batch_chunks = 0
+    with pytest.raises(ValueError, match="batch_chunks is 0"):
+        stack(X)
 
 
 class Norm(nnx.Module):
@@ -115,6 +121,43 @@ def test_what_a_block_does_not_say_is_named():
     assert make(Silent, batch_chunks=2)(X).shape == X.shape
 
 
+class OneString(Silent):
+    branches = "__call__"
+
+
+class Misspelt(Silent):
+    branches = ("__call__",)
+    per_token = ("call",)
+
+
+def test_misspelt_names_are_found():
+    with pytest.raises(ValueError, match=r"OneString\.branches is '__call__', expected a tuple"):
+        make(OneString, by_branch=True)(X)
+    with pytest.raises(ValueError, match=r"Misspelt\.per_token names 'call'"):
+        make(Misspelt, token_chunks=2)(X)
+
+
+class SharedDropout(nnx.Module):
+    """Both branches draw from one stream; h is the sum of their masks."""
+
+    branches = ("f", "f_again")
+
+    def __init__(self, rngs):
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def f(self, x):
+        return self.dropout(jnp.ones_like(x)) * self.scale[...]
+
+    f_again = f
+
+
+def test_branches_that_share_a_stream_draw_differently():
+    stack = make(SharedDropout, by_branch=True, magnitude=0.0)
+    h = stack(jnp.zeros_like(X))  # 3 blocks of two masks of 0 or 2: of equal ones, no odd pair
+    assert np.mean(h % 4 == 2) > 0.3
+
+
 class WithAux(nnx.Module):
     branches = ("f", "g")
 
@@ -160,6 +203,31 @@ class LinenBlock(linen.Module):
         return f + self.g(x + f, deterministic)
 
 
+class LinenShared(linen.Module):
+    branches = ("f", "f_again")
+
+    def setup(self):
+        self.dropout = linen.Dropout(0.5)
+        self.scale = self.param("scale", linen.initializers.ones, ())
+
+    def f(self, x, deterministic):
+        return self.dropout(jnp.ones_like(x), deterministic=deterministic) * self.scale
+
+    def f_again(self, x, deterministic):
+        return self.f(x, deterministic)
+
+    def __call__(self, x, deterministic):
+        return self.f(x, deterministic)
+
+
+def test_linen_branches_that_share_a_stream_draw_differently():
+    stack = bdia_jax.linen.BDIAStack(LinenShared(), 3, by_branch=True, magnitude=0.0)
+    variables = stack.init(jax.random.key(0), X, deterministic=True)
+    rngs = {"dropout": jax.random.key(2)}
+    h = stack.apply(variables, jnp.zeros_like(X), deterministic=False, rngs=rngs)
+    assert np.mean(h % 4 == 2) > 0.3
+
+
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_linen_in_parts(make_key):
     stacks = {
@@ -191,15 +259,33 @@ def test_linen_in_parts(make_key):
 # --- the models ----------------------------------------------------------------------
 
 
-def test_gpt2_in_parts_generates_the_same_tokens():
-    sizes = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "rngs": nnx.Rngs(0)}
+@pytest.mark.parametrize("make_block", [PreNormBlock, DecoderBlock])
+def test_the_branches_of_a_block_sum_up_to_it(make_block):
+    block = make_block(16, 2, 32, rngs=nnx.Rngs(0))
+    memory = (jnp.cos(X), jnp.ones((4, 1, 1, 6), bool)) if make_block is DecoderBlock else ()
+    mask = jnp.tril(jnp.ones((1, 1, 6, 6), bool))
+    h = jnp.zeros_like(X)
+    for name in block.branches:
+        h = h + getattr(block, name)(X + h, mask, *memory)
+    np.testing.assert_allclose(h, block(X, mask, *memory), rtol=1e-5, atol=1e-6)
+    for name in block.per_token:
+        first = getattr(block, name)(X[:, :1], mask, *memory)
+        np.testing.assert_allclose(
+            first, getattr(block, name)(X, mask, *memory)[:, :1], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_model_in_parts_has_the_logits_and_the_tokens_of_the_whole():
+    sizes = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
     tokens = jnp.arange(8).reshape(2, 4) % 11
     models = [
-        GPT2(11, 12, **sizes | {"rngs": nnx.Rngs(0)}, stack=partial(BDIAStack, **options))
+        GPT2(11, 12, **sizes, rngs=nnx.Rngs(0), stack=partial(BDIAStack, **options))
         for options in ({}, {"by_branch": True, "batch_chunks": 2, "token_chunks": 2})
     ]
     for model in models:
         model.eval()
+    assert relative_error(models[1](tokens), models[0](tokens)) < 1e-3
+    # with a cache, which is state, blocks are evaluated whole
     out = [generate(model, tokens, 5, key=jax.random.key(0)) for model in models]
     np.testing.assert_array_equal(*out)
 
@@ -208,12 +294,12 @@ def test_the_translation_model_in_parts():
     source = jnp.array([[3, 4, 5, 0], [6, 7, 0, 0]])
     target = jnp.array([[1, 3, 4, 6], [1, 5, 2, 0]])
 
-    def grads(backprop):
-        options = {"by_branch": True, "batch_chunks": 2, "token_chunks": 2, "backprop": backprop}
+    def grads(backprop="reversible", **options):
         model = Transformer(
             *(11, 4),
             **{"width": 8, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2, "mlp_dim": 16},
-            stack=partial(BDIAStack, **options),
+            dropout_rate=0.0,
+            stack=partial(BDIAStack, backprop=backprop, **options),
             rngs=nnx.Rngs(0),
         )
 
@@ -226,4 +312,7 @@ def test_the_translation_model_in_parts():
 
         return jax.tree.leaves(grad(model))
 
-    assert_grads_close(grads("reversible"), grads("store"), F32)
+    parts = {"by_branch": True, "batch_chunks": 2, "token_chunks": 2}
+    actual = grads(**parts)
+    assert_grads_close(actual, grads("store", **parts), F32)
+    assert_grads_close(actual, grads(), 2e-2)  # a quantum more or less is much in this tiny model
