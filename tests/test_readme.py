@@ -30,7 +30,7 @@ def test_quick_start_runs():
 
 
 def test_files_and_modules_it_names_exist():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"-m benchmarks\.(\w+)", README):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
@@ -43,18 +43,48 @@ def test_files_and_modules_it_names_exist():
     [
         ("plain autodiff", "plain"),
         ("per-block `jax.checkpoint`", "remat"),
+        ("two-level `jax.checkpoint`", "remat_sqrt"),
+        ("RevViT (floating point, another network)", "revnet"),
         ("BDIA, 0 guard bits", "bdia_guard0"),
         ("BDIA, 1 guard bit (default)", "bdia_guard1"),
+        ("BDIA, `batch_chunks=4`", "bdia_chunked"),
+        ("BDIA, `batch_chunks=4, by_branch=True`", "bdia_lean"),
     ],
 )
 def test_memory_and_time_row(label, name):
     sizes = result("memory")["results"]["variants"][name]
     step = result("step_time")["results"][name]
-    shallow, deep = (sizes["temp_bytes"][depth] / MIB for depth in ("6", "48"))
-    per_block = f"{sizes['bytes_per_block'] / MIB:.3g}"
-    memory = f"{shallow:.0f} MiB | {deep:.0f} MiB | {per_block} MiB"
-    row = f"| {label} | {memory} | {step['median']:.2f} s |"
+    temp = " | ".join(f"{sizes['temp_bytes'][depth] / MIB:.0f} MiB" for depth in ("6", "48", "768"))
+    per_block = f"{round(sizes['bytes_per_block'] / MIB, 4):.3g}"
+    row = f"| {label} | {temp} | {per_block} MiB | {step['median']:.2f} s |"
     assert row in README, row
+
+
+def test_a_block_costs_a_sixteenth_of_a_state_and_a_thirty_second_without_guard():
+    slopes = {k: v["bytes_per_block"] for k, v in result("memory")["results"]["variants"].items()}
+    assert slopes["bdia_guard1"] == pytest.approx(slopes["remat"] / 16, rel=2e-3)
+    assert slopes["bdia_guard0"] == pytest.approx(slopes["remat"] / 32, rel=2e-3)
+    packed = result("memory")["results"]["variants"]["bdia_guard0"]["packed_bytes_per_block"]
+    assert slopes["bdia_guard0"] - packed <= 64  # and a row of gamma
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("plain autodiff", "plain"),
+        ("per-block `jax.checkpoint`", "remat"),
+        ("the same, gradients of 4 smaller batches summed", "remat_accumulated"),
+        ("BDIA", "bdia_guard1"),
+        ("BDIA, `batch_chunks=4`", "bdia_chunked"),
+        ("BDIA, `batch_chunks=4, by_branch=True`", "bdia_lean"),
+        ("BDIA, `batch_chunks=8`", "bdia_chunked_8"),
+        ("BDIA, `batch_chunks=4, by_branch=True`, all logits at once", "bdia_lean_full_logits"),
+    ],
+)
+def test_gpt2_memory_row(label, name):
+    row = result("gpt2_memory")["results"]["model"][name]
+    cells = f"{row['temp_bytes'] / MIB:.0f} MiB | {row['ratio_to_remat']:.2f}"
+    assert f"| {label} | {cells} |" in README, cells
 
 
 @pytest.mark.parametrize(
@@ -96,13 +126,19 @@ def test_config_says_what_we_got(experiment):
 
 
 def test_vit_memory_row():
-    results = result("vit_memory")["results"]
-    for run, label in (("plain", "ViT"), ("revnet", "RevViT"), ("bdia", "BDIA-ViT")):
+    results, paper = (result("vit_memory")[part] for part in ("results", "config"))
+    labels = {"plain": "ViT", "remat": "ViT, per-block `jax.checkpoint`", "revnet": "RevViT"}
+    labels |= {"bdia": "BDIA-ViT", "bdia_by_branch": "BDIA-ViT, `by_branch=True`"}
+    labels |= {"bdia_chunked": "BDIA-ViT, `batch_chunks=4`"}
+    labels |= {"bdia_chunked_16": "BDIA-ViT, `batch_chunks=16`"}
+    megabytes = paper["paper_mb"]
+    for run, label in labels.items():
         row = results[run]
-        paper = result("vit_memory")["config"]["paper_mb"]
         cells = f"{row['total_bytes'] / MIB:.0f} MiB | {row['ratio_to_plain']:.2f}"
-        cells += f" | {paper[run]} MB | {paper[run] / paper['plain']:.2f}"
-        assert f"| {label} | {cells} |" in README, cells
+        said = " | | |"
+        if run in megabytes:
+            said = f" | {megabytes[run]} MB | {megabytes[run] / megabytes['plain']:.2f} |"
+        assert f"| {label} | {cells}{said}" in README, cells
 
 
 @pytest.mark.parametrize(
