@@ -17,9 +17,9 @@ def logits(
 ) -> jax.Array:
     """features table^T + bias, float32 [..., V]: what `softmax_cross_entropy` is the loss of.
 
-    Args: as there.
+    Args, Raises: as there.
     """
-    dtype = dtype or jnp.promote_types(features.dtype, table.dtype)
+    dtype = _product_dtype(features, table, dtype)
     kernel = table.astype(dtype) if vocab_axis == 1 else table.astype(dtype).T
     product = jnp.matmul(features.astype(dtype), kernel, preferred_element_type=jnp.float32)
     return product if bias is None else product + bias.astype(jnp.float32)
@@ -61,7 +61,9 @@ def softmax_cross_entropy(
         float32 [...], as labels. The gradients follow whatever weighs and sums it.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a chunk_size below 1.
+        ValueError: shapes or dtypes that do not fit, a chunk_size that is no int from 1 on.
+        TypeError: in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`), from JAX, since the
+            backward pass is given by hand; `jax.grad` of `jax.grad` works.
 
     Example:
         >>> table = jax.random.normal(jax.random.key(0), (50257, 8))
@@ -76,7 +78,7 @@ def softmax_cross_entropy(
     labels = jnp.where((labels >= 0) & (labels < vocab_size), labels, -1).astype(jnp.int32)
     config = _Config(
         vocab_axis,
-        jnp.dtype(dtype or jnp.promote_types(features.dtype, table.dtype)),
+        _product_dtype(features, table, dtype),
         min(chunk_size, vocab_size),
     )
     flat_features = features.reshape(-1, features.shape[-1])
@@ -187,6 +189,17 @@ def _sum_products(a, b, axis_a, axis_b):
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
+def _product_dtype(features, table, dtype) -> Any:
+    """Of the operands of matrix products: an integer one would cut features off to integers."""
+    dtype = jnp.dtype(dtype or jnp.promote_types(features.dtype, table.dtype))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype is {dtype}, expected a float dtype such as jnp.bfloat16, or None for what "
+            "features and table promote to"
+        )
+    return dtype
+
+
 def _check(features, table, labels, bias, vocab_axis, chunk_size) -> None:
     given = {"features": features, "table": table} | ({} if bias is None else {"bias": bias})
     for name, array in given.items():
@@ -222,8 +235,8 @@ def _check(features, table, labels, bias, vocab_axis, chunk_size) -> None:
         raise ValueError(
             f"bias has shape {bias.shape}, expected [V] = ({table.shape[vocab_axis]},)"
         )
-    if chunk_size < 1:
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(
-            f"chunk_size is {chunk_size}, expected at least 1; 2048 is the default, any size "
-            "from V on makes one chunk"
+            f"chunk_size is {chunk_size!r}, expected an int of at least 1; 2048 is the default, "
+            "any size from V on makes one chunk"
         )

@@ -56,8 +56,8 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
     Args:
         fn: a training step, a gradient, any function of arrays. One made by `jax.jit` or
             `nnx.jit` is taken as it is, with its donated and static arguments; another is
-            compiled by `nnx.jit`, which returns the state of modules too. A program compiled
-            already (`jax.stages.Compiled`) goes without args.
+            compiled by `nnx.jit`, which returns the state of modules too. A program lowered
+            or compiled already (`jax.stages.Lowered`, `jax.stages.Compiled`) goes without args.
         *args, **kwargs: arrays, `jax.ShapeDtypeStruct`s (so nothing has to exist, see
             `jax.eval_shape`), NNX modules, or pytrees of them.
 
@@ -65,7 +65,8 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
         A `MemoryReport`; print it. If the program is sharded, it is that of one device.
 
     Raises:
-        ValueError: arguments for a compiled program, or a backend that reports nothing.
+        ValueError: arguments for a lowered or compiled program, or a backend that reports
+            nothing.
 
     Example:
         >>> step = jax.jit(lambda w, x: (w - 0.1 * x.sum(), x @ w), donate_argnums=0)
@@ -74,15 +75,18 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
         >>> report.arguments, report.outputs >= 18432, report.aliased
         (18432, True, 16384)
     """
-    compiled: Any = fn
-    if not hasattr(fn, "memory_analysis"):
+    program: Any = fn
+    is_lowered = not callable(fn) and hasattr(fn, "compile")
+    if not is_lowered and not hasattr(fn, "memory_analysis"):
         jitted: Any = fn if hasattr(fn, "lower") else nnx.jit(fn)
-        compiled = jitted.lower(*args, **kwargs).compile()
+        program, is_lowered = jitted.lower(*args, **kwargs), True
     elif args or kwargs:
         raise ValueError(
-            f"got a compiled program and {len(args) + len(kwargs)} arguments; its shapes are "
-            "fixed, so pass it alone, or pass the function"
+            f"got a {'lowered' if is_lowered else 'compiled'} program and "
+            f"{len(args) + len(kwargs)} arguments; its shapes are fixed, so pass it alone, or "
+            "pass the function"
         )
+    compiled = program.compile() if is_lowered else program
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(

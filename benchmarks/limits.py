@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from bdia_jax import memory_report
 from benchmarks import dots, record
 from benchmarks.stack import MIB, TOY, Maker, Shape, add_variants, lower_step, variants
 from benchmarks.step_time import Stepper, is_out_of_memory
@@ -45,15 +46,6 @@ def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
     return low
 
 
-def planned_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device memory of one call: temporaries, arguments and results that are not arguments."""
-    plan = compiled.memory_analysis()
-    if plan is None:
-        raise RuntimeError(f"{jax.default_backend()} does not analyse memory")
-    inputs = plan.argument_size_in_bytes - plan.alias_size_in_bytes
-    return inputs + plan.output_size_in_bytes + plan.temp_size_in_bytes
-
-
 class Search:
     """The largest size of one variant along one axis, and the step compiled for it.
 
@@ -79,7 +71,7 @@ class Search:
             if not is_out_of_memory(error):
                 raise
             return False
-        if planned_bytes(compiled) > self.budget:
+        if memory_report(compiled).total > self.budget:
             return False
         self.best = (shape, compiled)
         return True
@@ -114,7 +106,7 @@ def measure(
             size = largest(search.fits, start, unit)
             row = {"size": size, "planned_bytes": None, "tokens_per_second": search.run(2.0)}
             if search.best:
-                row["planned_bytes"] = planned_bytes(search.best[1])
+                row["planned_bytes"] = memory_report(search.best[1]).total
                 start = size  # the next variant's search begins near its end
             rows[name] = row
             speed = row["tokens_per_second"]

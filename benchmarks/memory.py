@@ -1,4 +1,4 @@
-"""Compiled temporary memory of one training gradient against depth.
+"""Compiled temporary memory of one training gradient, against depth and against sequence length.
 
 Read from the compiled program; nothing is executed. Temporary memory is what the program
 allocates beside its arguments (parameters, x) and its outputs (their gradients), which are
@@ -6,110 +6,167 @@ the same for every variant and not counted.
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
 import jax
-import matplotlib
+from flax import nnx
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from bdia_jax import memory_report
+from bdia_jax.nnx import BDIAStack
+from benchmarks import lines, record
+from benchmarks.stack import (
+    GPU,
+    LABELS,
+    MIB,
+    TOY,
+    VARIANTS,
+    Shape,
+    add_variants,
+    lower_gradient,
+    make_stack,
+)
+from benchmarks.step_time import is_out_of_memory
 
-from benchmarks import record
-from benchmarks.stack import GPU, MIB, TOY, VARIANTS, Shape, lower_gradient
-
-# label, Okabe-Ito colour, vertical offset of the label in points, marker
-STYLES = {
-    "plain": ("plain autodiff", "#D55E00", 0, "o"),
-    "remat": ("per-block jax.checkpoint", "#9A6A00", 0, "D"),
-    "bdia_guard1": ("BDIA, 1 guard bit (default)", "#0072B2", 12, "o"),
-    "bdia_guard0": ("BDIA, 0 guard bits", "#009E73", -16, "s"),
-}
+NAMES = ["plain", "remat", "remat_sqrt", "revnet"]
+NAMES += ["bdia_guard0", "bdia_guard1", "bdia_chunked", "bdia_lean"]
+TOY_NAMES = ["plain", "remat", "bdia_guard0", "bdia_guard1", "bdia_lean"]
+HIDDEN = {"bdia_guard0", "bdia_chunked"}  # in the figure they would lie on their neighbours
 
 
-def measure(shape: Shape, depths: list[int]) -> dict[str, dict]:
+def temp_bytes(lowered: jax.stages.Lowered) -> int | None:
+    """Of a program; None if it does not fit on the device, arguments and outputs included.
+
+    Beyond that XLA on a GPU changes the program to make it fit, and its plan says nothing.
+    """
+    try:
+        report = memory_report(lowered.compile())
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return report.temporaries if report.total <= (device_bytes() or math.inf) else None
+
+
+def device_bytes() -> int | None:
+    """What JAX may use of the device's memory; None where it does not say (on a CPU)."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def against_depth(names: list[str], shape: Shape, depths: list[int]) -> dict[str, dict]:
     """Per variant: temporary bytes by depth, bytes per added block, and what was expected."""
     rows = {}
-    for name in STYLES:
-        variant = VARIANTS[name]
-        sizes = []
-        for depth in depths:
-            analysis = lower_gradient(shape, depth, variant).compile().memory_analysis()
-            if analysis is None:
-                raise RuntimeError(f"{jax.default_backend()} does not analyse memory")
-            sizes.append(analysis.temp_size_in_bytes)
-        rows[name] = {
-            "temp_bytes": dict(zip(map(str, depths), sizes, strict=True)),
-            "bytes_per_block": (sizes[-1] - sizes[0]) / (depths[-1] - depths[0]),
-        }
-        fixed_point = getattr(variant, "keywords", {}).get("fixed_point")
-        if fixed_point is not None:
-            elements = shape.batch * shape.tokens * shape.width
-            rows[name]["packed_bytes_per_block"] = elements * fixed_point.side_bits // 8
-        cells = "  ".join(f"{size / MIB:9.1f}" for size in sizes)
-        slope = rows[name]["bytes_per_block"] / MIB
-        print(f"{name:12s} {cells}   MiB   {slope:.4g} MiB per block", flush=True)
+    for name in names:
+        sizes = _sizes(name, {depth: (shape, depth) for depth in depths})
+        row = {"temp_bytes": sizes, "bytes_per_block": slope(sizes)}
+        rows[name] = row | side_bytes(name, shape)
+        print(f"{name:12s} {row['bytes_per_block'] / MIB:.4g} MiB per block", flush=True)
+    for row in rows.values():
+        if "remat" in rows:
+            base = rows["remat"]["bytes_per_block"]
+            row["bytes_per_block_of_remat"] = row["bytes_per_block"] / base
     return rows
 
 
-def draw(rows: dict[str, dict], shape: Shape, path: Path) -> None:
-    """Temporary memory against depth: all variants, and beside it those that remat or rebuild."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), dpi=160, layout="constrained")
-    _draw_panel(panels[0], rows, STYLES)
-    _draw_panel(panels[1], rows, {name: STYLES[name] for name in STYLES if name != "plain"})
-    panels[0].set_ylabel("temporary memory (MiB)")
-    panels[0].set_title("all variants", loc="left", fontsize=10)
-    panels[1].set_title("the same without plain autodiff", loc="left", fontsize=10)
-    figure.suptitle(
-        f"One training gradient of K transformer blocks, {shape.dtype}, B={shape.batch} "
-        f"T={shape.tokens} D={shape.width}, on {record.device_name()}",
-        fontsize=11,
-        x=0.01,
-        ha="left",
+def against_length(
+    names: list[str], shape: Shape, depth: int, lengths: list[int]
+) -> dict[str, dict]:
+    """Per variant: temporary bytes by sequence length."""
+    at = {length: (dataclasses.replace(shape, tokens=length), depth) for length in lengths}
+    return {name: {"temp_bytes": _sizes(name, at)} for name in names}
+
+
+def _sizes(name: str, at: dict[int, tuple[Shape, int]]) -> dict[str, int]:
+    """Temporary bytes by size, as far as it fits."""
+    sizes: dict[str, int] = {}
+    for size, (shape, depth) in at.items():
+        found = temp_bytes(lower_gradient(shape, depth, VARIANTS[name]))
+        if found is None:
+            break
+        sizes[str(size)] = found
+    print(f"{name:12s} " + "  ".join(f"{k}: {v / MIB:,.1f} MiB" for k, v in sizes.items()))
+    return sizes
+
+
+def slope(sizes: dict[str, int]) -> float:
+    """Bytes per added block, from the shallowest stack to the deepest."""
+    (low, first), *_, (high, last) = sizes.items()
+    return (last - first) / (int(high) - int(low))
+
+
+def side_bytes(name: str, shape: Shape) -> dict[str, int]:
+    """What a block of a reversible BDIA stack has to keep: packed bits, and gamma [B] float32."""
+    stack = nnx.eval_shape(lambda: make_stack(shape, 1, VARIANTS[name]))
+    if not isinstance(stack, BDIAStack) or stack.backprop != "reversible":
+        return {}
+    assert stack.fixed_point is not None
+    elements = shape.batch * shape.tokens * shape.width
+    packed = elements * stack.fixed_point.side_bits // 8
+    return {"packed_bytes_per_block": packed, "gamma_bytes_per_block": 4 * shape.batch}
+
+
+def draw(results: dict, shape: Shape, length_shape: Shape, length_depth: int, path: Path) -> None:
+    """Both, on logarithmic axes."""
+    by_depth = _in_mib(results["variants"])
+    labels = {name: _with_slope(name, results["variants"][name]) for name in by_depth}
+    by_length = _in_mib(results["by_length"])
+    panels = [
+        lines.Panel(f"B={shape.batch} T={shape.tokens}", "depth K (blocks)", by_depth, labels),
+        lines.Panel(
+            f"B={length_shape.batch} K={length_depth}",
+            "sequence length T (tokens)",
+            by_length,
+            {name: LABELS[name] for name in by_length},
+        ),
+    ]
+    title = (
+        f"One training gradient of K transformer blocks, {shape.dtype}, D={shape.width}, "
+        f"on {record.device_name()}"
     )
-    figure.savefig(path)
-    plt.close(figure)
+    lines.draw(title, "temporary memory (MiB)", panels, path)
 
 
-def _draw_panel(axes, rows, styles) -> None:
-    depths, sizes = [], []
-    for name, (label, color, offset, marker) in styles.items():
-        depths = [int(depth) for depth in rows[name]["temp_bytes"]]
-        sizes = [size / MIB for size in rows[name]["temp_bytes"].values()]
-        axes.plot(depths, sizes, marker + "-", color=color, linewidth=2, markersize=5)
-        axes.set_xticks(depths)
-        if len(styles) == len(rows) and name.startswith(("bdia", "remat")):
-            continue  # indistinguishable in the panel of all: one label for the three, below
-        text = f"{label}\n+{rows[name]['bytes_per_block'] / MIB:.3g} MiB per block"
-        _label(axes, text, depths[-1], sizes[-1], offset, color)
-    if len(styles) == len(rows):
-        _label(axes, "jax.checkpoint, BDIA\n(see right)", depths[-1], sizes[-1], 8, "0.35")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.04)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("depth K (blocks)")
+def _with_slope(name: str, row: dict) -> str:
+    """The label, and what an added block costs; of two-level remat it is no constant."""
+    cost = f"\n+{round(row['bytes_per_block'] / MIB, 4):.3g} MiB a block"
+    return LABELS[name] + ("" if name == "remat_sqrt" else cost)
 
 
-def _label(axes, text, x, y, offset, color) -> None:
-    place = {"xytext": (7, offset), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, y), color=color, fontsize=9, annotation_clip=False, **place)
+def _in_mib(rows: dict[str, dict]) -> dict[str, dict[int, float]]:
+    return {
+        name: {int(size): value / MIB for size, value in row["temp_bytes"].items()}
+        for name, row in rows.items()
+        if name not in HIDDEN
+    }
 
 
 def main(argv: list[str]) -> dict:
     """Measures, draws and records."""
-    args = record.parse(record.parser(__doc__), argv)
+    options = record.parser(__doc__)
+    add_variants(options)
+    args = record.parse(options, argv)
     shape = TOY if args.toy else GPU if args.gpu else Shape()
-    depths = [2, 4] if args.toy else [6, 12, 24, 48]
-    results = {
-        "variants": measure(shape, depths),
+    depths = [2, 4] if args.toy else [6, 12, 24, 48, 96, 192, 384, 768]
+    length_shape = dataclasses.replace(shape, batch=4)
+    length_depth = 2 if args.toy else 24
+    lengths = [32, 64] if args.toy else [128, 256, 512, 1024, 2048, 4096]
+    if args.gpu:
+        lengths = [8 * length for length in lengths]
+    names = args.variants or (TOY_NAMES if args.toy else NAMES)
+    results = {"variants": against_depth(names, shape, depths)}
+    names = ["remat", "bdia_lean"] if args.toy else [n for n in names if n != "bdia_guard0"]
+    results["by_length"] = against_length(names, length_shape, length_depth, lengths)
+    config = {
+        "shape": dataclasses.asdict(shape),
+        "depths": depths,
+        "length_shape": dataclasses.asdict(length_shape),
+        "length_depth": length_depth,
+        "lengths": lengths,
         "excluded": "arguments (parameters, x) and outputs (their gradients)",
     }
-    config = {"shape": dataclasses.asdict(shape), "depths": depths}
     path = record.write("memory", results, config, argv=argv, args=args)
-    draw(results["variants"], shape, path.with_suffix(".png"))
+    draw(results, shape, length_shape, length_depth, path.with_suffix(".png"))
     return results
 
 

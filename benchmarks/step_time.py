@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax import memory_report
 from benchmarks import dots, record
 from benchmarks.flops import model_flops, peak_flops
 from benchmarks.stack import (
@@ -47,12 +48,6 @@ class Stepper:
         stack = make_stack(shape, depth, variant)
         _, self.params, self.rest = nnx.split(stack, nnx.Param, ...)
         self.step = compiled or lower_step(shape, depth, variant).compile()
-
-    @property
-    def temp_bytes(self) -> int | None:
-        """What the compiled step allocates beside its arguments and results, if that is known."""
-        plan = self.step.memory_analysis()
-        return plan and plan.temp_size_in_bytes
 
     def seconds(self, steps: int) -> float:
         """Mean seconds of a step over `steps` steps in a row."""
@@ -102,7 +97,7 @@ def measure(
         row = {"median": median, "quartiles": [low, high], "seconds": values}
         row["tokens_per_second"] = shape.batch * shape.tokens / median
         row["utilization"] = model_flops(shape, depth) / median / peak
-        row["temp_bytes"] = steppers[name].temp_bytes
+        row["temp_bytes"] = memory_report(steppers[name].step).temporaries
         for base in ("plain", "remat"):
             if base in seconds:
                 pairs = zip(values, seconds[base], strict=True)
@@ -124,7 +119,7 @@ def _line(name: str, row: dict) -> str:
     return (
         f"{name:12s} {row['median']:9.4f} s  [{low:.4f}, {high:.4f}]  {'  '.join(ratios)}  "
         f"{row['tokens_per_second']:,.0f} tokens/s  {100 * row['utilization']:.1f} % of peak  "
-        f"{(row['temp_bytes'] or 0) / MIB:.1f} MiB"
+        f"{row['temp_bytes'] / MIB:.1f} MiB"
     )
 
 

@@ -46,6 +46,14 @@ def compile_cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("compiled"))
 
 
+@pytest.fixture
+def unoptimized():
+    """Programs that compile in half the time, for a test that is not about them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")  # and no longer: exactness is tested in optimized programs
 def quick_compile(compile_cache):
     """Unoptimized programs, kept for who needs them again: compiling is what tiny runs cost."""

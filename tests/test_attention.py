@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -91,6 +92,11 @@ def test_an_unknown_implementation_is_refused(make):
         make(WIDTH, HEADS, implementation="flash", rngs=nnx.Rngs(0))
 
 
+def test_attend_refuses_an_unknown_implementation():
+    with pytest.raises(ValueError, match=r"implementation is 'flash', expected 'xla', 'cudnn'"):
+        jax.eval_shape(partial(attend, implementation="flash"), *[jnp.zeros((1, 2, 1, 8))] * 3)
+
+
 # --- what is lowered -------------------------------------------------------------------
 
 
@@ -174,6 +180,34 @@ def test_a_mask_is_for_xla_unless_cudnn_is_forced(on_cuda):
     assert not cudnn_calls(lowered_module(partial(Attention, **BF16), X, mask))
     forced = lowered_module(partial(Attention, implementation="cudnn", **BF16), X, mask)
     assert cudnn_calls(forced) == ["__cudnn$fmhaScaleBiasSoftmax"]
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((TOKENS, 5), (1, 1)),
+        ((1, 5), (1, 1)),
+        ((5,), (1, 1)),
+        ((HEADS, 1, 5), (1, HEADS)),
+        ((3, 1, 1, 5), (3, 1)),
+        ((3, HEADS, TOKENS, 5), (3, HEADS)),
+    ],
+)
+def test_a_mask_of_any_rank_is_broadcast(on_cuda, shape, expected):
+    q, k = (jax.ShapeDtypeStruct((3, t, HEADS, 32), jnp.bfloat16) for t in (TOKENS, 5))
+    mask = jnp.asarray(np.random.default_rng(0).random(shape) < 0.7)
+    text = lowered(partial(attend, implementation="cudnn"), q, k, k, mask)
+    (call,) = (line for line in text.splitlines() if "__cudnn$fmha" in line)
+    biases = re.findall(rf"tensor<(\d+)x(\d+)x{TOKENS}x5xbf16>", call)
+    assert biases == [tuple(map(str, expected))]
+
+
+def test_a_mask_of_too_many_axes_is_refused(on_cuda):
+    q = jax.ShapeDtypeStruct((3, TOKENS, HEADS, 32), jnp.bfloat16)
+    mask = jnp.ones((1, 3, 1, 1, TOKENS), bool)
+    for implementation in ("xla", "cudnn"):
+        with pytest.raises(ValueError):
+            lowered(partial(attend, implementation=implementation), q, q, q, mask)
 
 
 @pytest.mark.parametrize("implementation", [None, "cudnn"])

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import all as all_benchmarks
 from benchmarks import (
@@ -24,27 +26,31 @@ from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stac
 
 CASES = ("as_compiled", "off")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Output folder of `python -m benchmarks.all --toy`, what is timed not optimized."""
+def ran(tmp_path_factory, quick_compile):
+    """Output folder of `python -m benchmarks.all --toy`."""
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        for timed in (step_time, limits, compile_time):
-            patch.setattr(timed, "main", partial(_unoptimized, timed.main))
+        patch.setattr(compile_time, "main", partial(_without_cache, compile_time.main))
         all_benchmarks.main(["--toy", "--out", str(out)])
     return out
 
 
-def _unoptimized(main, argv):
-    """main(argv) with programs that compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def _without_cache(main, argv):
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    _set_cache(None)
     try:
         return main(argv)
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        _set_cache(folder)
+
+
+def _set_cache(folder):
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 def _load(out, name):
@@ -117,17 +123,6 @@ def test_largest_fits_and_little_more_does_not(limit, start):
     assert all(size % 4 == 0 for size in tried) and len(tried) == len(set(tried)) <= 12
 
 
-def test_what_fits_counts_parameters_once_and_temporaries():
-    class Plan:
-        def memory_analysis(self):
-            return self
-
-        argument_size_in_bytes, output_size_in_bytes = 100, 60
-        alias_size_in_bytes, temp_size_in_bytes = 50, 7
-
-    assert limits.planned_bytes(Plan()) == 100 + (60 - 50) + 7
-
-
 def test_compile_time_against_depth(ran):
     rows = _load(ran, "compile_time")["results"]
     assert set(rows) == {"bdia_guard1", "loop"}
@@ -137,7 +132,7 @@ def test_compile_time_against_depth(ran):
     assert (ran / f"{record.stem('compile_time')}.png").stat().st_size > 10_000
 
 
-def test_compile_time_refuses_a_cache(quick_compile):
+def test_compile_time_refuses_a_cache():
     with pytest.raises(RuntimeError, match="JAX_COMPILATION_CACHE_DIR"):
         compile_time.measure(TOY, ["plain"], [2], [2], 1)
 
@@ -171,8 +166,8 @@ def test_peak_is_the_fastest_product():
 
 def test_drift_rows(ran):
     results = _load(ran, "drift")["results"]
-    assert [row["guard_bits"] for row in results["rows"]][:2] == [0, 1]
-    assert set(results["guard_bits_needed_by_numerics"]) == {"float32", "bfloat16-h"}
+    assert [row["guard_bits"] for row in results["rows"]][:1] == [0]  # then what is suggested
+    assert set(results["guard_bits_needed_by_numerics"]) == {"bfloat16-h"}
     assert all(row["elements"] > 0 and row["h_max"] > 0 for row in results["rows"])
     for row in results["rows"]:
         assert row["exact"] == (row["mismatches"] + row["x0_mismatches"] + row["invalid"] == 0)
@@ -210,8 +205,9 @@ def test_scale_makes_h_larger():
 
 
 def test_rebuild_errors_where_the_second_evaluation_is_off(tmp_path):
+    shape = replace(drift.TOY, dropout_rate=0.0)
     rows = {
-        name: rebuild_error.errors(name, drift.TOY, 4, off=True)
+        name: rebuild_error.errors(name, shape, 4, off=True)
         for name in ("float_bdia", "bdia_guard0", "bdia_guard1")
     }
     assert not any(rows["bdia_guard1"])
@@ -222,8 +218,10 @@ def test_rebuild_errors_where_the_second_evaluation_is_off(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_vit_memory_of_a_step(quick_compile):
-    sizes = {"batch_size": 16, "model": {"width": 32, "depth": 6, "mlp_dim": 32}}
+def test_vit_memory_of_a_step():
+    model = {"width": 32, "depth": 6, "mlp_dim": 32, "dropout_rate": 0.0}
+    # without augmentation and dropout, which are most of what is compiled
+    sizes = {"batch_size": 16, "model": model, "input": {"rand_augment_ops": 0}}
     bdia, plain = (vit_memory.measure(run, sizes) for run in ("bdia", "plain"))
     assert bdia["state_bytes"] == plain["state_bytes"] > 0
     assert bdia["temp_bytes"] < plain["temp_bytes"]

@@ -400,6 +400,10 @@ X, TABLE, LABELS = jnp.ones((2, 3, 4)), jnp.ones((7, 4)), jnp.zeros((2, 3), jnp.
         ({"bias": jnp.ones(4)}, "shape (4,)", "[V] = (7,)"),
         ({"bias": jnp.ones(7, int)}, "bias has dtype int32", "bias.astype(jnp.float32)"),
         ({"chunk_size": 0}, "chunk_size is 0", "at least 1"),
+        ({"chunk_size": 4.0}, "chunk_size is 4.0", "an int"),
+        ({"chunk_size": True}, "chunk_size is True", "an int"),
+        ({"dtype": jnp.int32}, "dtype is int32", "jnp.bfloat16"),
+        ({"dtype": bool}, "dtype is bool", "None"),
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else "",
 )
@@ -410,5 +414,12 @@ def test_refusal(change, value, remedy):
     assert remedy in str(error.value)
 
 
-def test_the_same_arguments_unchanged_are_accepted():
-    assert jax.eval_shape(lambda: softmax_cross_entropy(X, TABLE, LABELS)).shape == (2, 3)
+def test_logits_of_integers_are_refused_too():
+    with pytest.raises(ValueError, match="dtype is int32, expected a float dtype"):
+        jax.eval_shape(lambda: logits(X, TABLE, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"chunk_size": 4}])
+def test_the_same_arguments_otherwise_are_accepted(options):
+    loss = jax.eval_shape(lambda: softmax_cross_entropy(X, TABLE, LABELS, **options))
+    assert loss.shape == (2, 3)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bdia_jax import FixedPoint, MemoryReport, bdia_scan, memory_report, residual_bytes
 from bdia_jax.nnx import BDIAStack
@@ -118,6 +119,29 @@ def test_a_compiled_program_reports_itself():
     assert memory_report(compiled) == memory_report(step, W, X)
     with pytest.raises(ValueError, match=r"compiled program and 2 arguments.*pass it alone"):
         memory_report(compiled, W, X)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_a_lowered_program_is_compiled_and_reports_itself(jit):
+    lowered = jit(step).lower(W, X)
+    assert memory_report(lowered) == memory_report(step, W, X)
+    with pytest.raises(ValueError, match=r"lowered program and 1 arguments.*pass it alone"):
+        memory_report(lowered, W)
+
+
+def test_of_a_sharded_program_it_is_one_devices():
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(jnp.tanh(x @ w)) ** 2))(w)
+
+    mesh = jax.make_mesh((4,), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("data",), ()))
+    on_four = jax.jit(gradient, in_shardings=(whole, split), out_shardings=whole)
+    one, four = memory_report(gradient, W, X), memory_report(on_four, W, X)
+    assert one.arguments == 4 * (W.size + X.size)
+    assert four.arguments == 4 * (W.size + X.size // 4)
+    assert abs(four.outputs - one.outputs) <= SLACK  # every device has the whole gradient
+    assert one.temporaries >= 4 * BATCH * TOKENS * HIDDEN
+    assert four.temporaries < one.temporaries / 2
 
 
 def test_a_backend_without_analysis_is_named():

@@ -14,6 +14,7 @@ from toy_models import filled
 
 from bdia_jax.generate import generate
 from bdia_jax.losses import softmax_cross_entropy
+from bdia_jax.models import attention
 from bdia_jax.nnx import BDIAStack
 from configs import gpt2_openwebtext, translation_enfr, vit_digits
 from train import images, language, translation
@@ -120,16 +121,26 @@ DOCUMENTS = ["abcab", "", "ba", "bcabcabcaabbccabc", "ab", "cabbacbabcabcab", "c
 
 
 @pytest.fixture
-def text_task(monkeypatch):
-    config = config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH)
+def make_text_task(monkeypatch):
+    """(**options of the input) -> (task, model)."""
 
-    def load_text(name, split, data_dir, tokenizer, length):
-        documents = DOCUMENTS if split == config.eval_split else DOCUMENTS[::-1]
-        return pack_documents(map(tokenizer.encode, documents), length, END)
+    def make(**options):
+        config = config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH, **options)
 
-    monkeypatch.setattr(language, "load_text", load_text)
-    task = language.load(config)
-    return task, filled(lambda: task.make_model(nnx.Rngs(0)))
+        def load_text(name, split, data_dir, tokenizer, length):
+            documents = DOCUMENTS if split == config.eval_split else DOCUMENTS[::-1]
+            return pack_documents(map(tokenizer.encode, documents), length, END)
+
+        monkeypatch.setattr(language, "load_text", load_text)
+        task = language.load(config)
+        return task, filled(lambda: task.make_model(nnx.Rngs(0)))
+
+    return make
+
+
+@pytest.fixture
+def text_task(make_text_task):
+    return make_text_task()
 
 
 def test_text_loss_is_that_of_every_document_alone(text_task):
@@ -171,6 +182,45 @@ def test_text_loss_is_that_of_every_document_alone(text_task):
     several = np.bincount(owner) > 1
     for other in blind:
         assert np.all(np.abs(other / expected - 1)[several] > 1e-3)
+
+
+def test_documents_that_are_not_isolated_are_one_text(make_text_task, text_task):
+    """The loss of each window is that of a model called with its tokens and nothing else."""
+    task, model = make_text_task(isolate_documents=False)
+    (windows,) = task.eval_groups
+    model.eval()
+
+    @nnx.jit
+    def evaluate(model, tokens):
+        losses = [each.metrics(model, windows, None)["loss"] for each in (task, text_task[0])]
+        return losses, model(tokens[:, :-1])
+
+    ((total, weight), (isolated, _)), logits = evaluate(model, windows.tokens)
+    expected = cross_entropy(logits, windows.tokens[:, 1:]).sum(-1)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    np.testing.assert_array_equal(weight, np.full(len(expected), LENGTH))
+    several = np.any(np.asarray(windows.tokens)[:, 1:LENGTH] == END, axis=-1)
+    assert several.sum() >= 3  # windows hold several documents
+    assert np.all(np.abs(isolated / expected - 1)[several] > 1e-3)
+
+
+def test_only_isolated_documents_need_a_mask(make_text_task, monkeypatch):
+    """What attention chooses its implementation by; any mask rules out flash attention."""
+    masks = []
+
+    def choose(q, mask, device):
+        masks.append(mask if mask is None else mask.shape)
+        return "xla"
+
+    monkeypatch.setattr(attention, "choose_implementation", choose)
+    for isolate in (True, False):
+        task, model = make_text_task(isolate_documents=isolate)
+        (windows,) = task.train_groups
+        nnx.eval_shape(lambda m, task=task, w=windows: task.metrics(m, w, nnx.Rngs(0)), model)
+        assert masks and set(masks) == {
+            (len(windows.tokens), 1, LENGTH, LENGTH) if isolate else None
+        }
+        masks.clear()
 
 
 def test_samples_continue_the_held_out_windows(text_task, tmp_path):

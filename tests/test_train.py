@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from configs import vit_cifar10, vit_cifar100, vit_digits
+from configs import resnet15_cifar10, vit_cifar10, vit_cifar100, vit_digits
 from train.checkpoint import Checkpoints, open_workdir
 from train.config import Config
 from train.log import draw_curve, read_records
@@ -220,11 +221,39 @@ def test_batch_larger_than_the_data(tmp_path, data_dir):
         ({"model": {"name": "gpt2"}}, "unknown linformer_dim"),
         ({"stack": "ode"}, "stack is 'ode'"),
         ({"stack": "revnet"}, "stack='revnet' with gamma=0.5"),
+        ({"batch_size": 32, "batch_chunks": 5}, "batch_chunks 5 does not divide batch_size 32"),
+        ({"batch_chunks": 0}, "batch_chunks is 0, expected 1"),
     ],
 )
 def test_bad_values_are_named(data_dir, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(data_dir, **changes)
+
+
+@pytest.mark.parametrize("part", [{"by_branch": True}, {"batch_chunks": 2}, {"token_chunks": 2}])
+def test_blocks_that_cannot_be_cut_are_named(part):
+    config = resnet15_cifar10.get_config("smoke")
+    Config.from_config_dict(config)
+    config.update(part)
+    message = r"model 'resnet' with by_branch=.*batch statistics.*set by_branch=False"
+    with pytest.raises(ValueError, match=message):
+        Config.from_config_dict(config)
+
+
+def test_what_cannot_be_traced_leaves_no_workdir(tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"token_chunks=2 .*shape \[B, T"):
+        train(tiny(data_dir, token_chunks=2), str(workdir))  # 17 tokens: 16 patches and the class
+    assert not workdir.exists()
+
+
+def test_another_config_is_refused_before_anything_is_read(straight, monkeypatch):
+    import train.train as program
+
+    workdir, config = straight
+    monkeypatch.setattr(program, "load_task", lambda _: pytest.fail("read the data"))
+    with pytest.raises(ValueError, match="seed was 0, is 7"):
+        train(replace(config, seed=7), str(workdir))
 
 
 def test_incomplete_record_is_left_out(tmp_path):

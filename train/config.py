@@ -82,10 +82,18 @@ class ImageInput:
 
 @dataclasses.dataclass(frozen=True)
 class TextInput:
-    """tokenizer is "gpt2" or "bytes"; length the tokens a sequence is packed to."""
+    """tokenizer is "gpt2" or "bytes"; length the tokens a sequence is packed to.
+
+    isolate_documents: positions start at 0 in every document, and a token sees its own document
+    only. This takes a mask, and with one attention is not cuDNN's (`choose_implementation` in
+    `bdia_jax.models.attention`): it writes weights [B, H, T, T]. False: positions run on, and a
+    token sees all before it in the window, as GPT-2 and nanoGPT are trained; no mask, so flash
+    attention where the device has it.
+    """
 
     tokenizer: str
     length: int
+    isolate_documents: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +199,7 @@ class Config:
                 f"input.inference_gammas is {gammas} with model {self.model.name!r} and stack "
                 f"{self.stack!r}; only a ViT with stack 'bdia' takes others than (0.0,)"
             )
+        self._check_parts()
         if self.stack != "bdia":
             self._check_baseline()
         elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
@@ -212,6 +221,30 @@ class Config:
             if not -0.5 <= gamma <= 0.5:
                 raise ValueError(f"input.inference_gammas has {gamma}, expected -0.5 to 0.5")
 
+    def _check_parts(self):
+        if self.batch_size % self.batch_chunks:
+            raise ValueError(
+                f"batch_chunks {self.batch_chunks} does not divide batch_size {self.batch_size}; "
+                "take a divisor of it, or another batch_size"
+            )
+        if self._has_parts and isinstance(self.model, ResNetConfig):
+            raise ValueError(
+                f"model 'resnet' with {self._parts}: its blocks have batch statistics, which "
+                "parts of them would each update; "
+                "set by_branch=False, batch_chunks=1 and token_chunks=1"
+            )
+
+    @property
+    def _has_parts(self) -> bool:
+        return self.by_branch or self.batch_chunks * self.token_chunks > 1
+
+    @property
+    def _parts(self) -> str:
+        return (
+            f"by_branch={self.by_branch}, batch_chunks={self.batch_chunks}, "
+            f"token_chunks={self.token_chunks}"
+        )
+
     def _check_baseline(self):
         if self.quantize or self.gamma or self.backprop == "remat":
             raise ValueError(
@@ -219,10 +252,10 @@ class Config:
                 f"backprop={self.backprop!r}: this baseline has floating-point states and no "
                 "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
             )
-        if self.by_branch or self.batch_chunks * self.token_chunks > 1:
+        if self._has_parts:
             raise ValueError(
-                f"stack={self.stack!r} with by_branch={self.by_branch}, batch_chunks="
-                f"{self.batch_chunks}, token_chunks={self.token_chunks}: only stack='bdia' has them"
+                f"stack={self.stack!r} with {self._parts}: only stack='bdia' has them; set "
+                "by_branch=False, batch_chunks=1 and token_chunks=1"
             )
         if self.stack == "revnet" and not isinstance(self.model, ViTConfig):
             raise ValueError("stack='revnet' doubles the features; only the ViT takes them")

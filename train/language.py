@@ -43,10 +43,12 @@ def load(config: Config) -> Task:
         return GPT2(tokenizer.vocab_size, options.length, **config.model_arguments, rngs=rngs)
 
     def metrics(model: Any, batch: Sequences, rngs: nnx.Rngs | None) -> Metrics:
-        """Loss in nats a token. A token sees its own document only; every token is a target."""
+        """Loss in nats a token; every token is a target."""
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        mask = attention_mask(segments(inputs, tokenizer.end_of_text))
-        place = positions(inputs, tokenizer.end_of_text)
+        mask = place = None
+        if options.isolate_documents:
+            mask = attention_mask(segments(inputs, tokenizer.end_of_text))
+            place = positions(inputs, tokenizer.end_of_text)
         features = model.features(inputs, positions=place, mask=mask, rngs=rngs)
         loss = model.loss(features, targets)
         return {"loss": (loss.sum(-1), jnp.full(len(loss), loss.shape[1], jnp.float32))}
@@ -55,7 +57,7 @@ def load(config: Config) -> Task:
         """Samples: the beginnings of four held-out sequences, continued by the first model."""
         start = options.length // 4
         prompts = held_out[:, :start]
-        of_one_document = (prompts[:, 1:] != tokenizer.end_of_text).all(-1)  # as in training
+        of_one_document = (prompts[:, 1:] != tokenizer.end_of_text).all(-1)  # no mask here
         prompt = prompts[jnp.argsort(~of_one_document)[:4]]
         key = jax.random.key(config.seed)
         tokens = generate(models[0], prompt, options.length - start, key=key, temperature=0.8)

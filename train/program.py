@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, task: Task) -> Program:
-    """What a run needs, no step compiled yet (`compile_steps` does) and no parameter made."""
+    """What a run needs, no step traced yet (`lower_steps` does) and no parameter made."""
     sizes = [group_size(group) for group in task.train_groups]
     batches = Batches(sizes, config.batch_size)
     schedule = make_schedule(config)
@@ -147,10 +147,15 @@ def make_program(config: Config, task: Task) -> Program:
     return Program(init_all, jitted, jax.jit(evaluate), models, batches.steps_per_epoch)
 
 
+def lower_steps(program: Program, task: Task) -> jax.stages.Lowered:
+    """`train_steps` for any count, traced: sizes that do not fit raise here, and nothing is run."""
+    operands = (jax.eval_shape(program.init), task.train_groups, jnp.ones([], jnp.int32))
+    return program.train_steps.lower(*operands)
+
+
 def compile_steps(program: Program, task: Task) -> jax.stages.Compiled:
     """The compiled `train_steps`, for any count."""
-    operands = (jax.eval_shape(program.init), task.train_groups, jnp.ones([], jnp.int32))
-    return program.train_steps.lower(*operands).compile()
+    return lower_steps(program, task).compile()
 
 
 def _split(model: nnx.Module):

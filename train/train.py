@@ -15,7 +15,7 @@ from train.checkpoint import Checkpoints, open_workdir
 from train.config import Config, ImageInput, TextInput
 from train.datasets.registry import footnote, open_builder
 from train.log import Log, draw_curve, format_bytes, read_records
-from train.program import Program, State, compile_steps, make_program
+from train.program import Program, State, compile_steps, lower_steps, make_program
 from train.task import Task, group_size
 
 NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
@@ -63,10 +63,11 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             print(f"finished already: {_listed(finished)}  in {path}")
             return finished
     task = load_task(config)
-    path = open_workdir(workdir, config)  # only now, so that bad data leaves no folder behind
-    fingerprint = _check_same_data(path, task)
     program = make_program(config, task)
-    train_steps = compile_steps(program, task)
+    lowered = lower_steps(program, task)
+    path = open_workdir(workdir, config)  # only now: bad data or sizes leave no folder behind
+    fingerprint = _check_same_data(path, task)
+    train_steps = lowered.compile()
     memory = memory_report(train_steps)
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore_or(program.init)

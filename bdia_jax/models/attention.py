@@ -28,13 +28,18 @@ def attend(
     Args:
         q: [B, T, H, d].
         k, v: [B, S, H, d], dtype as q.
-        mask: bool, broadcastable to [B, H, T, S], True = see.
-        is_causal: whether a token sees only itself and those before it.
+        mask: bool, broadcastable to [B, H, T, S], True = see. With one, implementation None is
+            "xla": packed documents that do not see each other are not for flash attention.
+        is_causal: whether a token sees only itself and those before it; needs no mask.
         implementation: "xla", "cudnn", or None for what `choose_implementation` says.
 
     Returns:
         [B, T, H, d], dtype as q.
+
+    Raises:
+        ValueError: an unknown implementation.
     """
+    check_implementation(implementation)
     if implementation is None:
         implementation = choose_implementation(q, mask, default_device())
     if implementation == "xla":
@@ -42,7 +47,8 @@ def attend(
             q, k, v, mask=mask, is_causal=is_causal, implementation="xla"
         )
     if mask is not None:  # cuDNN broadcasts over batch and heads only
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+        batch_and_heads = (1, 1, 1, 1, *mask.shape)[-4:-2]
+        mask = jnp.broadcast_to(mask, (*batch_and_heads, q.shape[1], k.shape[1]))
     # The residual is for the backward pass. Asked for in the forward pass too, so that both
     # passes run one kernel; without it the forward pass would run the one for inference.
     attended, _ = jax.nn.dot_product_attention(
