@@ -67,7 +67,9 @@ def _value(branches, params, x, consts):
         rs.append(r)
         auxes.append(aux)
         y = y + r
-    return reduce(jnp.add, rs), Split(tuple(aux.diff for aux in auxes), tuple(aux.data for aux in auxes))
+    return reduce(jnp.add, rs), Split(
+        tuple(aux.diff for aux in auxes), tuple(aux.data for aux in auxes)
+    )
 
 
 def _no_aux(branches) -> Split:
