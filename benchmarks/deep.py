@@ -152,8 +152,9 @@ def run(
         print(f"{name:11s} {_words(row)}", flush=True)
     stack = memory.against_depth(["remat", "bdia_guard1"], size.shape, depths)
     results: dict[str, Any] = {"planned": plans, "stack": stack, "audits": {}}
-    results["audits"]["start"] = audit(program, program.init(), task, size)
-    state, results["scaled"] = steps(train_steps, program.init(), task, size.steps)
+    state = program.init()
+    results["audits"]["start"] = audit(program, state, task, size)
+    state, results["scaled"] = steps(train_steps, state, task, size.steps)
     results["audits"]["end"] = audit(program, state, task, size)
     scores = program.evaluate(state, task.eval_groups)
     results["held_out"] = {name: float(scores[name]) for name in SCORES}

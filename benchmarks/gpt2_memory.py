@@ -2,8 +2,8 @@
 
 Of the stack of blocks alone, and of the whole model with embedding and loss. Nothing is executed;
 arguments and outputs (parameters and their gradients) are not counted. All models have the
-loss that never holds the logits of the vocabulary (`bdia_jax.losses`); what that is worth, two
-rows with all logits say. RevViT doubles the width, so it has no whole model.
+loss that never holds the logits of the vocabulary (`bdia_jax.losses`); what that is worth,
+`bdia_lean_full_logits` says. RevViT doubles the width, so it has no whole model.
 
 `remat_accumulated` is what else divides a batch in 4: the gradients of 4 smaller batches, summed.
 The sum needs a second copy of all gradients; `batch_chunks` of `BDIAStack` sums a block's only.
@@ -99,8 +99,7 @@ def measure(
     lower = partial(lower_model, shape, depth, vocab_size)
     model = {name: partial(lower, make) for name, make in makers.items() if name != "revnet"}
     model["remat_accumulated"] = partial(lower, makers["remat"], parts=PARTS)
-    for name in ("remat", "bdia_lean"):
-        model[f"{name}_full_logits"] = partial(lower, makers[name], full_logits=True)
+    model["bdia_lean_full_logits"] = partial(lower, makers["bdia_lean"], full_logits=True)
     results: dict[str, dict[str, dict]] = {}
     for what, cases in {"stack": stack, "model": model}.items():
         rows = results[what] = {name: {"temp_bytes": temp_bytes(f())} for name, f in cases.items()}

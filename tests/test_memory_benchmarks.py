@@ -43,10 +43,10 @@ def test_labels_that_do_not_overlap_stay():
 
 
 def test_memory_against_length():
-    rows = memory.against_length(["remat", "bdia_lean"], TOY, 2, [32, 64])
-    for row in rows.values():
-        assert row["temp_bytes"]["64"] > 1.4 * row["temp_bytes"]["32"]
-    assert rows["bdia_lean"]["temp_bytes"]["64"] < 0.6 * rows["remat"]["temp_bytes"]["64"]
+    sizes = memory.against_length(["bdia_lean"], TOY, 2, [32, 64])["bdia_lean"]["temp_bytes"]
+    assert sizes["64"] > 1.4 * sizes["32"]
+    remat = memory.against_length(["remat"], TOY, 2, [64])["remat"]["temp_bytes"]
+    assert sizes["64"] < 0.6 * remat["64"]
 
 
 def _program(error=None):
@@ -94,10 +94,7 @@ def test_gpt2_memory(tmp_path):
     model = {name: row["temp_bytes"] for name, row in results["model"].items()}
     # half of the vocabulary at a time
     assert model["bdia_lean"] < 0.6 * model["bdia_lean_full_logits"]
-    assert set(model) == {
-        *("remat", "bdia_lean", "remat_accumulated"),
-        *("remat_full_logits", "bdia_lean_full_logits"),
-    }
+    assert {*model} == {"remat", "bdia_lean", "remat_accumulated", "bdia_lean_full_logits"}
 
 
 def test_summed_gradients_of_parts_are_those_of_the_whole():
@@ -118,7 +115,7 @@ def test_summed_gradients_of_parts_are_those_of_the_whole():
 def trained(tmp_path_factory):
     """A record of 1,024 narrow blocks, trained for some steps."""
     out = tmp_path_factory.mktemp("deep")
-    size = digits.Size(patch_size=4, batch=8, steps=25)
+    size = digits.Size(patch_size=4, batch=16, steps=25)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deep, "TOY", size)
         deep.main(["--toy", "--out", str(out)])
@@ -130,7 +127,7 @@ def trained(tmp_path_factory):
 def test_1024_blocks_are_rebuilt_exactly(trained, when):
     audit = trained["results"]["audits"][when]
     assert audit["exact"] and audit["states"] == 1023
-    assert audit["elements"] == 1023 * 8 * 5 * 32
+    assert audit["elements"] == 1023 * 16 * 5 * 32
     assert 0 < audit["largest_output"] < 100
 
 
@@ -138,7 +135,7 @@ def test_1024_blocks_cost_their_packed_bits(trained):
     assert trained["config"]["depths"] == [512, 1024]
     stack = trained["results"]["stack"]
     row, remat = stack["bdia_guard1"], stack["remat"]
-    assert row["packed_bytes_per_block"] == 8 * 5 * 32 * 2 // 8
+    assert row["packed_bytes_per_block"] == 16 * 5 * 32 * 2 // 8
     kept = row["packed_bytes_per_block"] + row["gamma_bytes_per_block"]
     assert row["bytes_per_block"] == kept
     assert remat["bytes_per_block"] >= 16 * row["packed_bytes_per_block"]  # control: a state
@@ -149,7 +146,7 @@ def test_1024_blocks_cost_their_packed_bits(trained):
 def test_1024_blocks_learn(trained):
     losses = trained["results"]["scaled"]["loss"]
     assert len(losses) == 25 and np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
 
 
 def test_batch_on_a_gpu_is_the_first_that_checkpointing_cannot_hold():

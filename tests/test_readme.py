@@ -125,6 +125,22 @@ def test_config_says_what_we_got(experiment):
             assert row["accuracy"].replace("±", "+-") in config.read_text(), row
 
 
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("plain autodiff", "plain"),
+        ("per-block `jax.checkpoint`", "remat"),
+        ("BDIA", "bdia_guard1"),
+        ("BDIA, `batch_chunks=4, by_branch=True`", "bdia_lean"),
+    ],
+)
+def test_limits_row(label, name):
+    document = result("limits")
+    assert document["config"]["budget_bytes"] == 2**28
+    batch, tokens = (document["results"][axis][name]["size"] for axis in ("batch", "tokens"))
+    assert f"| {label} | {batch} | {tokens} |" in README
+
+
 def test_vit_memory_row():
     results, paper = (result("vit_memory")[part] for part in ("results", "config"))
     labels = {"plain": "ViT", "remat": "ViT, per-block `jax.checkpoint`", "revnet": "RevViT"}
