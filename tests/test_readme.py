@@ -141,6 +141,33 @@ def test_limits_row(label, name):
     assert f"| {label} | {batch} | {tokens} |" in README
 
 
+def test_text_about_1024_blocks():
+    results = result("deep")["results"]
+    text = " ".join(README.split())
+    audits = results["audits"].values()
+    wrong = {audit["mismatches"] + audit["x0_mismatches"] + audit["invalid"] for audit in audits}
+    assert wrong == {0} and f"0 of {audit_elements(audits):,} rebuilt elements" in text
+    first, last = (np.mean(results["scaled"]["loss"][part]) for part in (slice(5), slice(-5, None)))
+    assert f"loss falls from {first:.2f} to {last:.2f}" in text
+    rest = {name: row["rest_bytes"] / MIB for name, row in results["planned"].items()}
+    assert f"{rest['bdia']:.1f} MiB" in text
+    assert f"checkpointing needs {rest['remat']:.1f} and plain autodiff {rest['plain']:.1f}" in text
+    stuck = np.mean(results["unscaled"]["loss"][-5:])
+    assert f"stays at chance, a loss of {stuck:.2f}" in text and stuck > 2.2
+
+
+def audit_elements(audits):
+    (elements,) = {audit["elements"] for audit in audits}
+    return elements
+
+
+def test_text_about_compile_time():
+    rows = result("compile_time")["results"]
+    text = " ".join(README.split())
+    assert f"512 blocks takes {rows['bdia_guard1']['ratio_of_medians']:.2f} times" in text
+    assert f"64 take {rows['loop']['ratio_of_medians']:.2f} times" in text
+
+
 def test_vit_memory_row():
     results, paper = (result("vit_memory")[part] for part in ("results", "config"))
     labels = {"plain": "ViT", "remat": "ViT, per-block `jax.checkpoint`", "revnet": "RevViT"}
