@@ -42,7 +42,7 @@ def test_labels_that_do_not_overlap_stay():
     assert lines.apart([0.0, 30.0, 60.0], [10.0, 10.0, 10.0]) == [0.0, 30.0, 60.0]
 
 
-def test_memory_against_length():
+def test_memory_against_length(unoptimized):
     sizes = memory.against_length(["bdia_lean"], TOY, 2, [32, 64])["bdia_lean"]["temp_bytes"]
     assert sizes["64"] > 1.4 * sizes["32"]
     remat = memory.against_length(["remat"], TOY, 2, [64])["remat"]["temp_bytes"]
@@ -87,7 +87,7 @@ def test_side_bits_of_a_vit(name, has_bits):
     assert found == (elements * 2 // 8 if has_bits else 0)
 
 
-def test_gpt2_memory(tmp_path):
+def test_gpt2_memory(tmp_path, unoptimized):
     gpt2_memory.main(["--toy", "--out", str(tmp_path)])
     results = _load(tmp_path, "gpt2_memory")["results"]
     assert results["stack"]["bdia_lean"]["ratio_to_remat"] < 0.5
