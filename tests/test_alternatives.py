@@ -18,6 +18,8 @@ from benchmarks.alternatives import (
     nearest_to_sqrt,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DEPTH = 4
 X = jax.random.normal(jax.random.key(3), (4, 5, 13))
 REFERENCE = partial(BDIAStack, magnitude=0.0, fixed_point=None, backprop="store")

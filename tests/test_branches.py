@@ -73,7 +73,7 @@ def value_and_grads(way, backprop):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x0, consts)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["branches", "batch", "tokens", "all"])
 def test_values_and_gradients_are_those_of_store(way):
     expected, x = value_and_grads(way, "store")
     actual, rebuilt_x = value_and_grads(way, "reversible")
@@ -88,7 +88,7 @@ def test_remat_computes_the_same():
     assert_grads_close(actual, expected, F32)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["branches", "all"])
 def test_the_rebuild_is_exact(way):
     block_fn, options = WAYS[way]
     found = bdia.audit(block_fn, *case(), **options)

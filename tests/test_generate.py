@@ -15,6 +15,8 @@ from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.nnx import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
 PROMPT = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]])
 KEY = jax.random.key(0)

@@ -19,6 +19,8 @@ from bdia_jax.losses import logits, softmax_cross_entropy
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 F32, BF16 = (GRAD_TOLERANCE[jnp.dtype(dtype)] for dtype in (jnp.float32, jnp.bfloat16))
 
 
