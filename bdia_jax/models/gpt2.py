@@ -19,7 +19,7 @@ _STD = 0.02
 class GPT2(nnx.Module):
     """Causal transformer over tokens; the token embedding is also the output projection.
 
-    The defaults are the 124M model: LayerNorm epsilon 1e-5, biases everywhere, GELU by tanh.
+    The defaults are the 124M model; biases everywhere, GELU by tanh.
     Weights start as N(0, 0.02), those of the projections that end a residual branch as
     N(0, 0.02 / sqrt(2 depth)).
 
@@ -27,6 +27,7 @@ class GPT2(nnx.Module):
         vocab_size: V.
         max_len: most positions, learned ones.
         width, depth, num_heads, mlp_dim: the architecture.
+        epsilon: of the LayerNorms.
         dropout_rate: of the embeddings, the attention's output and in the MLP.
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
             and logits are float32.
@@ -53,6 +54,7 @@ class GPT2(nnx.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_dim: int = 3072,
+        epsilon: float = 1e-5,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
         stack: Callable[..., Stack] = BDIAStack,
@@ -78,6 +80,7 @@ class GPT2(nnx.Module):
                 dtype=dtype,
                 attention=partial(Attention, qkv_bias=True, is_causal=True, **init),
                 mlp=partial(MLP, activation=jax.nn.gelu, **init),
+                epsilon=epsilon,
                 rngs=rngs,
             )
 
@@ -88,7 +91,7 @@ class GPT2(nnx.Module):
                 f"the stack returns {features} features, but the tied embedding has {width}; "
                 "take a stack that keeps the width"
             )
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
 
     def __call__(
         self,
@@ -138,14 +141,23 @@ class GPT2(nnx.Module):
         """float32 [B, T, D] -> float32 [B, T, V]."""
         return losses.logits(features, self.embedding[...], dtype=self.dtype)
 
-    def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(
+        self, features: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+    ) -> jax.Array:
         """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
 
         Args:
             features: float32 [B, T, D].
             labels: int32 [B, T], the next tokens. The loss of one outside the vocabulary is NaN.
+            label_smoothing: share of the target that is spread over the vocabulary.
         """
-        return losses.softmax_cross_entropy(features, self.embedding[...], labels, dtype=self.dtype)
+        return losses.softmax_cross_entropy(
+            features,
+            self.embedding[...],
+            labels,
+            dtype=self.dtype,
+            label_smoothing=label_smoothing,
+        )
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:

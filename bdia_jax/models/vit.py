@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.models.blocks import Attention, PreNormBlock
+from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.stacked import Stack
 
@@ -26,7 +26,8 @@ class ViT(nnx.Module):
             also follows the position embedding.
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
             and logits are float32.
-        attention: of every block, see `PreNormBlock`.
+        attention, mlp, epsilon: of every block, see `PreNormBlock`; epsilon of the last norm too.
+            Most published ViTs have `partial(Attention, qkv_bias=True)`, and some 1e-12.
         stack: (make_block, depth, rngs=rngs) -> what runs the blocks: `BDIAStack` or one of
             `bdia_jax.baselines`, its options set by `functools.partial`. The last norm and
             the head are as wide as its output (`out_features`).
@@ -49,6 +50,8 @@ class ViT(nnx.Module):
         dropout_rate: float = 0.1,
         dtype=jnp.float32,
         attention: Callable[..., nnx.Module] = Attention,
+        mlp: Callable[..., nnx.Module] = MLP,
+        epsilon: float = 1e-5,
         stack: Callable[..., Stack] = BDIAStack,
         rngs: nnx.Rngs,
     ):
@@ -64,11 +67,12 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(rngs.params.normal((1, 1, width)))
         self.positions = nnx.Param(rngs.params.normal((1, tokens, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        options = {"dropout_rate": dropout_rate, "dtype": dtype, "attention": attention}
+        options = {"dropout_rate": dropout_rate, "dtype": dtype}
+        options |= {"attention": attention, "mlp": mlp, "epsilon": epsilon}
         make_block = partial(_make_block, width, num_heads, mlp_dim, options)
         self.stack = stack(make_block, depth, rngs=rngs)
         features = self.stack.out_features(width)
-        self.norm = nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.LayerNorm(features, epsilon=epsilon, rngs=rngs)
         self.head = nnx.Linear(features, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -1,0 +1,7 @@
+"""Hugging Face folders in and out: GPT-2, ViT and the Llama family, without torch."""
+
+from bdia_jax.interop.architectures import Architecture, read_architecture
+from bdia_jax.interop.reading import load, read_params
+from bdia_jax.interop.writing import save
+
+__all__ = ["Architecture", "load", "read_architecture", "read_params", "save"]

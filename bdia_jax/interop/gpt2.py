@@ -1,0 +1,83 @@
+"""GPT-2 in Hugging Face's format: GPT2LMHeadModel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.models.gpt2 import GPT2
+
+_IMPLEMENTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `GPT2`. dropout_rate is resid_pdrop; attn_pdrop, of weights, is not used."""
+    check_settings(config, _IMPLEMENTED)
+    width = config["n_embd"]
+    return {
+        "vocab_size": config["vocab_size"],
+        "max_len": config["n_positions"],
+        "width": width,
+        "depth": config["n_layer"],
+        "num_heads": config["n_head"],
+        "mlp_dim": config.get("n_inner") or 4 * width,
+        "epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "dropout_rate": config.get("resid_pdrop", 0.1),
+    }
+
+
+def config(model: GPT2, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of a model."""
+    blocks: Any = model.stack.blocks
+    vocab_size, width = model.embedding.shape
+    rate = model.dropout.rate
+    end = 50256 if vocab_size > 50256 else None
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": vocab_size,
+        "n_positions": model.max_len,
+        "n_embd": width,
+        "n_layer": model.stack.depth,
+        "n_head": blocks.attention.num_heads,
+        "n_inner": blocks.mlp.hidden.bias.shape[-1],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": model.norm.epsilon,
+        "resid_pdrop": rate,
+        "embd_pdrop": rate,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        # 50256 where absent, which a smaller vocabulary does not have
+        **{name: source.get(name, end) for name in ("bos_token_id", "eos_token_id")},
+    }
+
+
+def table(model: GPT2) -> Table:
+    """All tensors of a GPT2LMHeadModel."""
+    h, blocks = "transformer.h.{}", "stack.blocks"
+    return Table(
+        entries=(
+            *tensor("embedding", "transformer.wte.weight"),
+            *tensor("positions", "transformer.wpe.weight"),
+            *norm(f"{blocks}.attention_norm", f"{h}.ln_1"),
+            # Conv1D of transformers: weights are [in, out]; q, k, v are one
+            *linear(f"{blocks}.attention.qkv", f"{h}.attn.c_attn", out_first=False),
+            *linear(f"{blocks}.attention.out", f"{h}.attn.c_proj", out_first=False),
+            *norm(f"{blocks}.mlp_norm", f"{h}.ln_2"),
+            *linear(f"{blocks}.mlp.hidden", f"{h}.mlp.c_fc", out_first=False),
+            *linear(f"{blocks}.mlp.out", f"{h}.mlp.c_proj", out_first=False),
+            *norm("norm", "transformer.ln_f"),
+        ),
+        prefix="transformer.",
+        ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # masks that older files hold
+        tied={"lm_head.weight": "transformer.wte.weight"},
+    )
+
+
+FORMAT = Format(GPT2, arguments, config, table)

@@ -1,0 +1,169 @@
+"""Parameters of a model from a Hugging Face folder."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bdia_jax.interop.architectures import format_of, read_architecture
+from bdia_jax.interop.files import Tensors
+from bdia_jax.interop.layout import Entry, Table
+
+
+def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **overrides) -> Any:
+    """The model of a Hugging Face folder, in training mode.
+
+    Args:
+        folder: config.json with model.safetensors, or with its index and shards.
+        rngs: seeds dropout and gamma, and initializes what `keep` names.
+        keep: as in `read_params`.
+        **overrides: arguments of the model in place of what config.json says, and those it does
+            not know: `stack`, `dtype`, `dropout_rate`, `num_classes`.
+
+    Returns:
+        GPT2, ViT or Llama of `bdia_jax.models`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_architecture` and `read_params`.
+
+    Example:
+        model = interop.load("gpt2-medium", rngs=nnx.Rngs(0))  # a BDIAStack by default
+        images = interop.load("vit-base", rngs=nnx.Rngs(0), num_classes=10, keep=("head",))
+    """
+    architecture = read_architecture(folder)
+    arguments = architecture.arguments | overrides
+    build: Any = architecture.model
+    make = lambda rngs: build(**arguments, rngs=rngs)  # noqa: E731
+    abstract = nnx.eval_shape(make, rngs)
+    params = read_params(folder, abstract, keep)
+    read = {path for path, _ in params.flat_state()}
+    # compiled, what is not asked for is not computed: no second set of parameters
+    rest = nnx.jit(lambda rngs: nnx.state(make(rngs), lambda path, _: path not in read))(rngs)
+    return nnx.merge(nnx.graphdef(abstract), params, rest)
+
+
+def read_params(folder: str | Path, model: Any, keep: Iterable[str] = ()) -> nnx.State:
+    """The parameters of a folder, for `nnx.update(model, ...)` or `nnx.merge`.
+
+    Names and shapes of all tensors are checked before the first is read; then one is read at a
+    time, into place, so that no more than a parameter is held twice.
+
+    Args:
+        folder: as in `load`.
+        model: the parameters' shapes and dtypes; it may be abstract (`nnx.eval_shape`).
+        keep: dotted paths, of parameters or of modules with all parameters in them, that are not
+            to be read: ("head",) for another number of classes.
+
+    Raises:
+        FileNotFoundError: no tensors, or a shard is missing.
+        ValueError: a model that cannot be exchanged; a truncated file; a tensor that is missing,
+            of another shape, not finite, or not for this model. With its name and file.
+    """
+    table = format_of(model).table(model)
+    variables = {
+        ".".join(map(str, path)): (path, variable)
+        for path, variable in nnx.state(model, nnx.Param).flat_state()
+    }
+    check_covered(table, variables)
+    read = _not_kept(table.entries, keep)
+    flat = {}
+    with Tensors(folder) as tensors:
+        found = _find(table, tensors)
+        _check_names_and_shapes(table, variables, read, tensors, found)
+        _check_tied(table, tensors, found)
+        for entry in read:
+            path, variable = variables[entry.path]
+            array = np.empty(variable.shape, variable.dtype)
+            for name, view in entry.views(array):
+                view[...] = tensors.read(found[name])
+            flat[path] = variable.replace(jnp.asarray(array))
+    return nnx.State.from_flat_path(flat)
+
+
+def check_covered(table: Table, paths: Iterable[str]) -> None:
+    """Raises ValueError unless the table is of just these parameters."""
+    difference = sorted({entry.path for entry in table.entries} ^ set(paths))
+    if difference:
+        raise ValueError(
+            f"{', '.join(difference)}: parameters of the model or of its Hugging Face format, but "
+            "not of both; merge adapters first, and take the standard attention and MLP"
+        )
+
+
+def _not_kept(entries: tuple[Entry, ...], keep: Iterable[str]) -> tuple[Entry, ...]:
+    kept = set()
+    for prefix in keep:
+        below = {entry.path for entry in entries if f"{entry.path}.".startswith(f"{prefix}.")}
+        if not below:
+            raise ValueError(
+                f"keep has {prefix!r}, where the model has no parameter; it has "
+                f"{', '.join(entry.path for entry in entries)}"
+            )
+        kept |= below
+    return tuple(entry for entry in entries if entry.path not in kept)
+
+
+def _find(table: Table, tensors: Tensors) -> dict[str, str]:
+    """Name in the format -> name in the folder, for all tensors there but those to ignore."""
+    names = {name for entry in table.entries for name in entry.names} | set(table.tied)
+    roots = {name.split(".")[0] for name in names}
+    found = {}
+    for name in tensors.names:
+        if any(re.fullmatch(ignored, name.removeprefix(table.prefix)) for ignored in table.ignored):
+            continue
+        full = name if name.split(".")[0] in roots else table.prefix + name
+        if full in found:
+            raise ValueError(
+                f"{name} in {tensors.file(name)} is there as {found[full]} too; remove one"
+            )
+        found[full] = name
+    for second, first in table.tied.items():
+        if first not in found and second in found:
+            found[first] = found.pop(second)
+    return found
+
+
+def _check_names_and_shapes(table, variables, read, tensors: Tensors, found) -> None:
+    """Raises ValueError for a tensor that is missing, unexpected or of another shape."""
+    known = set(table.tied)
+    for entry in table.entries:
+        # holds no numbers: for the shapes of its views
+        array = np.broadcast_to(np.float32(0), variables[entry.path][1].shape)
+        shapes = {name: view.shape for name, view in entry.views(array)}
+        known |= shapes.keys()
+        for name, shape in shapes.items() if entry in read else ():
+            if name not in found:
+                raise ValueError(
+                    f"{name} is missing in {tensors.folder}; take a complete checkpoint of this "
+                    f'architecture, or leave {entry.path} as initialized: keep=("{entry.path}",)'
+                )
+            actual = tensors.shape(found[name])
+            if actual != shape:
+                raise ValueError(
+                    f"{found[name]} in {tensors.file(found[name])} has shape {list(actual)}, but "
+                    f"{list(shape)} would fit {entry.path} {variables[entry.path][1].shape} of the "
+                    "model; build the model that config.json describes (interop.read_architecture)"
+                    f', or leave the parameter as initialized: keep=("{entry.path}",)'
+                )
+    for full, name in found.items():
+        if full not in known:
+            raise ValueError(
+                f"{name} in {tensors.file(name)} is no tensor of this model; does config.json "
+                "belong to it, and is the model as deep as it says?"
+            )
+
+
+def _check_tied(table: Table, tensors: Tensors, found: dict[str, str]) -> None:
+    """Raises ValueError for a second tensor that is not the first; both may be read."""
+    for second, first in table.tied.items():
+        if second in found and not np.array_equal(
+            tensors.read(found[second]), tensors.read(found[first])
+        ):
+            raise ValueError(
+                f"{second} in {tensors.file(found[second])} is not equal to {first}: an untied "
+                "output projection, which this model has not; take a checkpoint with tied ones"
+            )

@@ -1,0 +1,161 @@
+"""A model as a Hugging Face folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from bdia_jax.baselines import FloatBDIAStack
+from bdia_jax.interop.architectures import format_of
+from bdia_jax.interop.files import CONFIG, INDEX, TENSORS, check_finite, read_json
+from bdia_jax.interop.layout import Entry
+from bdia_jax.interop.reading import check_covered
+from bdia_jax.nnx import BDIAStack
+
+# of a source: what text and images are turned into arrays by, and how text is generated
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def save(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that transformers' `from_pretrained` and `interop.load` read.
+
+    The network is the model at inference, gamma = 0, in float32. `load` gives the same bits
+    back; others compute without the stack's fixed point, so that their logits differ by what
+    rounding the states to 2^-frac_bits does.
+
+    Args:
+        model: GPT2, ViT or Llama of `bdia_jax.models`, in training mode or not.
+        folder: where to; it must not exist, or be empty. It appears when it is complete: the
+            files are written into a folder beside it first, which is removed if that fails.
+        source: the Hugging Face folder the model came from. Settings of its config.json that do
+            not describe the model (special tokens, names of classes) and its tokenizer are
+            taken over.
+        max_shard_bytes: model.safetensors is split into files of at most so many bytes (a
+            tensor is never split). One is in memory at a time, beside a copy of the parameters
+            where they are on another device.
+
+    Raises:
+        ValueError: a folder with something in it, a model that has no Hugging Face format, whose
+            stack is not the plain transformer at inference, or a parameter that is not finite.
+        FileNotFoundError: a source without config.json.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
+    layout = format_of(model)
+    _check_stack(model.stack)  # pyright: ignore[reportAttributeAccessIssue]
+    params = {
+        ".".join(map(str, path)): variable[...]
+        for path, variable in nnx.state(model, nnx.Param).flat_state()
+    }
+    table = layout.table(model)
+    check_covered(table, params)
+    inherited = {} if source is None else read_json(Path(source) / CONFIG)
+    config = inherited | layout.config(model, inherited) | {"dtype": "float32"}
+    config.pop("torch_dtype", None)  # the older name of dtype
+    _write_whole(folder, table.entries, params, config, source, max_shard_bytes)
+
+
+def _check_stack(stack: Any) -> None:
+    if not isinstance(stack, BDIAStack | FloatBDIAStack):
+        raise ValueError(
+            f"the stack is a {type(stack).__name__}, another network than the transformer of its "
+            "blocks; only BDIAStack and FloatBDIAStack have a Hugging Face format"
+        )
+    gamma = getattr(stack, "inference_gamma", 0.0)
+    if gamma != 0:
+        raise ValueError(
+            f"stack.inference_gamma is {gamma}, which the format cannot say: others compute with "
+            "0; set it to 0"
+        )
+
+
+def _write_whole(folder: Path, entries, params, config, source, max_shard_bytes) -> None:
+    """Writes all files into a folder beside `folder`, then renames that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir()
+    try:
+        _write_json(unfinished / CONFIG, config)
+        _write_tensors(unfinished, entries, params, max_shard_bytes)
+        if source is not None:
+            for name in _BESIDE:
+                if (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, unfinished / name)
+        if folder.exists():
+            folder.rmdir()  # empty; not every system renames onto it
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _write_tensors(folder: Path, entries, params, max_shard_bytes: int) -> None:
+    shards = _shards(entries, params, max_shard_bytes)
+    if len(shards) == 1:
+        _write_shard(folder / TENSORS, shards[0], params)
+        return
+    weight_map, stem = {}, TENSORS.removesuffix(".safetensors")
+    for index, shard in enumerate(shards):
+        file = f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / file, shard, params)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(4 * param.size for param in params.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / INDEX, index)
+
+
+def _shards(entries, params, max_shard_bytes: int) -> list[dict[str, Entry]]:
+    """The tensors of each file and the entries they belong to, filled in order."""
+    shards, room = [], 0
+    for entry in entries:
+        # holds no numbers: for the shapes of its views
+        array = np.broadcast_to(np.float32(0), params[entry.path].shape)
+        for name, view in entry.views(array):
+            num_bytes = 4 * view.size
+            if not shards or num_bytes > room:
+                shards.append({})
+                room = max_shard_bytes
+            shards[-1][name] = entry
+            room -= num_bytes
+    return shards
+
+
+def _write_shard(file: Path, shard: Mapping[str, Entry], params: Mapping[str, Any]) -> None:
+    values = {}
+    for entry in dict.fromkeys(shard.values()):
+        for name, view in entry.views(np.asarray(params[entry.path])):
+            if name in shard:
+                values[name] = np.ascontiguousarray(view, np.float32)
+                check_finite(name, values[name], "the model")
+    save_file(values, file, metadata={"format": "pt"})  # transformers asks for it
+    shutil.copymode(file.with_name(CONFIG), file)  # safetensors lets only the owner read it
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

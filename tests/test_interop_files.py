@@ -1,0 +1,361 @@
+"""Hugging Face folders that are damaged, or of another model: what is said, and what is left."""
+
+import json
+from functools import partial
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from toy import assert_same_bits
+from toy_models import filled
+
+from bdia_jax import interop
+from bdia_jax.baselines import MidpointStack
+from bdia_jax.interop.layout import check_settings, linear
+from bdia_jax.models.gpt2 import GPT2
+from bdia_jax.models.linformer import LinformerAttention
+from bdia_jax.models.vit import ViT
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SMALL = {"vocab_size": 11, "max_len": 6, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
+NAME = "transformer.h.1.mlp.c_fc.weight"
+
+
+def gpt2(**options):
+    return filled(lambda: GPT2(**(SMALL | options), rngs=nnx.Rngs(0)))
+
+
+def abstract(**options):
+    return nnx.eval_shape(lambda: GPT2(**(SMALL | options), rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gpt2()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    interop.save(model, tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def assert_same_params(a, b):
+    for x, y in zip(*(nnx.state(m, nnx.Param).flat_state() for m in (a, b)), strict=True):
+        assert x[0] == y[0]
+        assert_same_bits(x[1][...], y[1][...])
+
+
+def refused(folder, message, error=ValueError, like=None, **options):
+    with pytest.raises(error, match=message):
+        interop.read_params(folder, abstract() if like is None else like, **options)
+
+
+# --- tensors -------------------------------------------------------------------------
+
+
+def test_a_folder_is_what_was_saved(model, folder):
+    assert left_in(folder.parent) == ["gpt2"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    again = interop.load(folder, rngs=nnx.Rngs(0))
+    assert_same_params(model, again)
+    # what is no parameter is as if the model had been made
+    made = GPT2(**SMALL, rngs=nnx.Rngs(0))
+    for a, b in zip(
+        *(nnx.state(m, nnx.Not(nnx.Param)).flat_state() for m in (again, made)), strict=True
+    ):
+        assert a[0] == b[0] and jnp.array_equal(a[1][...], b[1][...])
+
+
+def test_shards_hold_no_more_than_asked_and_are_read(model, tmp_path):
+    interop.save(model, tmp_path / "sharded", max_shard_bytes=1000)
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    sizes = {
+        file: [value.nbytes for value in load_file(tmp_path / "sharded" / file).values()]
+        for file in set(index["weight_map"].values())
+    }
+    assert len(sizes) > 3 and all(sum(s) <= 1000 or len(s) == 1 for s in sizes.values())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    params = interop.read_params(tmp_path / "sharded", abstract())
+    assert_same_bits(params["embedding"][...], model.embedding[...])
+    first = tmp_path / "sharded" / index["weight_map"]["transformer.wte.weight"]
+    first.unlink()
+    refused(tmp_path / "sharded", f"{first.name} is not there", FileNotFoundError)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_floats_of_any_width_become_float32(folder, model, dtype):
+    change_tensors(folder, lambda t: t.update({k: v.astype(dtype) for k, v in t.items()}))
+    kernel = interop.read_params(folder, abstract())["stack"]["blocks"]["mlp"]["hidden"]["kernel"]
+    expected = np.asarray(model.stack.blocks.mlp.hidden.kernel[...]).astype(dtype)
+    assert_same_bits(kernel[...], jnp.asarray(expected.astype(np.float32)))
+
+
+def test_old_files_hold_masks_and_the_tied_projection_too(folder, model):
+    def as_old(tensors):
+        for k in range(2):
+            tensors[f"transformer.h.{k}.attn.bias"] = np.ones((1, 1, 6, 6), bool)
+            tensors[f"transformer.h.{k}.attn.masked_bias"] = np.float32(-1e4)[None]
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+
+    change_tensors(folder, as_old)
+    params = interop.read_params(folder, abstract())
+    assert_same_bits(params["embedding"][...], model.embedding[...])
+    change_tensors(folder, lambda t: t.pop("transformer.wte.weight"))  # the other is the same
+    params = interop.read_params(folder, abstract())
+    assert_same_bits(params["embedding"][...], model.embedding[...])
+    change_tensors(folder, lambda t: t.update({"wte.weight": t["lm_head.weight"] + 1}))
+    refused(folder, r"lm_head.weight in .* is not equal to transformer.wte.weight.*untied")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(NAME), rf"{NAME} is missing in .*gpt2.*take a complete"),
+        (lambda t: t.update({"h.2.ln_1.bias": t["transformer.ln_f.bias"]}),
+         r"h.2.ln_1.bias in .*model.safetensors is no tensor of this model"),
+        (lambda t: t.update({"lm_head.bias": np.zeros(11, np.float32)}),
+         r"lm_head.bias in .* is no tensor"),
+        (lambda t: t[NAME].__setitem__((3, 2), np.nan),
+         rf"{NAME} in .*model.safetensors has 1 elements that are NaN .*\[3, 2\]"),
+        (lambda t: t[NAME].__setitem__((0, 1), -np.inf), rf"{NAME} in .* infinite"),
+        (lambda t: t.update({NAME: t[NAME].astype(np.int8)}), rf"{NAME} in .* dtype I8.*converted"),
+        (lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}), "is there as .* too"),
+        (lambda t: t.update({NAME: t[NAME].T.copy()}),
+         rf"{NAME} in .* has shape \[12, 8\], but \[8, 12\] .*stack.blocks.mlp.hidden.kernel"),
+    ],
+    ids=["missing", "a block more", "unexpected", "nan", "inf", "int8", "twice", "transposed"],
+)  # fmt: skip
+def test_a_wrong_tensor_is_named_with_its_file(folder, change, message):
+    change_tensors(folder, change)
+    refused(folder, message)
+
+
+def test_another_model_is_named_by_the_first_tensor_that_differs(folder):
+    refused(
+        folder,
+        r"wte.weight in .* \[11, 8\], but \[12, 8\].*embedding",
+        like=abstract(vocab_size=12),
+    )
+    refused(folder, r"h.2.ln_1.weight is missing", like=abstract(depth=3))
+    refused(folder, r"h.1.\S+ in .* is no tensor", like=abstract(depth=1))
+    refused(folder, r"LayerNorm has no Hugging Face format.*GPT2.*ViT", like=nnx.eval_shape(
+        lambda: nnx.LayerNorm(3, rngs=nnx.Rngs(0))))  # fmt: skip
+
+
+def test_what_is_kept_is_not_read(folder):
+    longer = abstract(max_len=7)
+    refused(folder, r"wpe.weight.*keep=\(\"positions\",\)", like=longer)
+    params = interop.read_params(folder, longer, keep=("positions",))
+    assert "positions" not in params and "embedding" in params
+    change_tensors(folder, lambda t: t[NAME].__setitem__((0, 0), np.nan))
+    params = interop.read_params(folder, abstract(), keep=("stack.blocks.mlp",))
+    assert "mlp" not in params["stack"]["blocks"]
+    refused(folder, r"keep has 'stack.block', where the model has no", keep=("stack.block",))
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(folder, left):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:left])
+    refused(folder, r"model.safetensors is truncated or no safetensors file .*copy it again")
+
+
+def test_an_index_that_is_wrong_is_named(folder):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    refused(folder, r"neither model.safetensors nor .*safe_serialization", FileNotFoundError)
+    index = folder / "model.safetensors.index.json"
+    for weight_map, message in (
+        (None, 'has no "weight_map"'),
+        ({NAME: "../part.safetensors"}, 'has no "weight_map"'),
+        ({NAME: "part.safetensors", "x": "part.safetensors"}, r"x is not in .*part.safetensors"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(folder, message)
+
+
+# --- config.json ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "config.json is not there"),
+        ("{", "config.json is not JSON"),
+        ("[1]", "config.json holds a list"),
+        ("{}", "model_type None, expected one of .*gpt2.*vit"),
+        ('{"model_type": "bert"}', "model_type 'bert', expected one of"),
+        ('{"model_type": "gpt2"}', "config.json has no 'n_embd'"),
+    ],
+)
+def test_a_config_that_is_none_is_named(folder, content, message):
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(FileNotFoundError if content is None else ValueError, match=message):
+        interop.load(folder, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"activation_function": "gelu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"add_cross_attention": True},
+        {"tie_word_embeddings": False},
+        {"model_type": "vit", "image_size": 8, "patch_size": [4, 2]},
+        {"model_type": "vit", "hidden_act": "quick_gelu"},
+    ],
+    ids=lambda setting: list(setting)[-1],
+)
+def test_a_setting_that_is_not_implemented_is_named(folder, setting):
+    change_config(folder, **setting)
+    name = list(setting)[-1]
+    with pytest.raises(ValueError, match=rf"{name} = .*implemented"):
+        interop.read_architecture(folder)
+
+
+def test_an_absent_setting_is_the_default():
+    check_settings({}, {"n": (1,)})
+    with pytest.raises(ValueError, match="n = 2, which is not implemented; expected 1 or 3"):
+        check_settings({"n": 2}, {"n": (1, 3)})
+
+
+# --- saving --------------------------------------------------------------------------
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_with_something_in_it_is_not_touched(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="full exists and is not empty; choose another"):
+        interop.save(model, tmp_path / "full")
+    assert (tmp_path / "full" / "config.json").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    interop.save(model, tmp_path / "empty")
+    assert left_in(tmp_path) == ["empty", "full"]
+
+
+class Widened(nnx.Module):
+    """A Linear with an adapter."""
+
+    def __init__(self, linear):
+        self.linear, self.adapter = linear, nnx.Param(jnp.zeros((2, 3)))
+
+
+def with_nan(model):
+    model.stack.blocks.mlp.out.bias[...] = (
+        model.stack.blocks.mlp.out.bias[...].at[1, 2].set(jnp.nan)
+    )
+
+
+def with_adapter(model):
+    model.stack.blocks.mlp.hidden = Widened(model.stack.blocks.mlp.hidden)
+
+
+def with_gamma(model):
+    model.stack.inference_gamma = 0.2
+
+
+def with_activation(model):
+    model.stack.blocks.mlp.activation = jnp.sin
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_nan, r"h.1.mlp.c_proj.bias in the model has 1 elements that are NaN .*\[2\]"),
+        (with_adapter, r"mlp.hidden.adapter.*merge adapters first"),
+        (with_gamma, r"stack.inference_gamma is 0.2.*set it to 0"),
+        (lambda model: None, r"source/config.json is not there"),
+    ],
+    ids=["nan", "adapter", "gamma", "source"],
+)
+def test_nothing_is_left_after_a_save_that_failed(tmp_path, change, message):
+    model = gpt2()
+    change(model)
+    source = None if change in (with_nan, with_adapter, with_gamma) else tmp_path / "source"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        interop.save(model, tmp_path / "new", source=source, max_shard_bytes=500)
+    assert left_in(tmp_path) == []
+
+
+def small_vit(**options):
+    shape = {"image_shape": (4, 4, 3), "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
+    return filled(lambda: ViT(**(shape | options), rngs=nnx.Rngs(0)))
+
+
+def test_another_network_is_not_saved(tmp_path):
+    linformer = partial(LinformerAttention, num_tokens=2, projected=1)
+    other = small_vit()
+    other.stack.blocks.mlp.activation = jnp.sin
+    for model, message in (
+        (small_vit(stack=MidpointStack), "MidpointStack, another network"),
+        (small_vit(attention=linformer), "project_keys.*take the standard attention"),
+        (other, "activation is .*config.json has no name for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interop.save(model, tmp_path / "vit")
+    assert left_in(tmp_path) == []
+
+
+def test_the_source_hands_on_its_tokenizer_and_its_settings(model, folder, tmp_path):
+    change_config(folder, eos_token_id=7, note="mine", torch_dtype="bfloat16", n_embd=99)
+    for name in ("tokenizer.json", "merges.txt", "README.md"):
+        (folder / name).write_text(name)
+    interop.save(model, tmp_path / "new", source=folder)
+    assert left_in(tmp_path / "new") == [
+        "config.json", "merges.txt", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["eos_token_id"] == 7 and config["note"] == "mine"
+    assert config["n_embd"] == 8 and config["dtype"] == "float32" and "torch_dtype" not in config
+
+
+def test_names_of_classes_stay_if_there_are_as_many(tmp_path):
+    interop.save(small_vit(num_classes=3), tmp_path / "a")
+    labels = {"0": "cat", "1": "dog", "2": "eel"}
+    change_config(tmp_path / "a", id2label=labels)
+    for num_classes, expected in ((3, labels), (2, {"0": "LABEL_0", "1": "LABEL_1"})):
+        target = tmp_path / str(num_classes)
+        interop.save(small_vit(num_classes=num_classes), target, source=tmp_path / "a")
+        config = json.loads((target / "config.json").read_text())
+        assert config["id2label"] == expected
+        assert config["label2id"] == {v: int(k) for k, v in expected.items()}
+
+
+# --- the table -----------------------------------------------------------------------
+
+
+def test_parts_of_the_last_axis_are_tensors_of_their_own():
+    kernel, bias = linear("blocks.qkv", "l.{}.q", "l.{}.k", sizes=(3, 2))
+    array = np.arange(2 * 4 * 5, dtype=np.float32).reshape(2, 4, 5)
+    views = dict(kernel.views(array))
+    assert {name: view.shape for name, view in views.items()} == {
+        "l.0.q.weight": (3, 4), "l.0.k.weight": (2, 4),
+        "l.1.q.weight": (3, 4), "l.1.k.weight": (2, 4),
+    }  # fmt: skip
+    np.testing.assert_array_equal(views["l.1.k.weight"], array[1, :, 3:].T)
+    assert all(np.shares_memory(view, array) for view in views.values())
+    assert [name for name, _ in bias.views(array[:, 0])][1] == "l.0.k.bias"
+    with pytest.raises(ValueError, match=r"blocks.qkv.kernel is 4 wide.*\(3, 2\)"):
+        list(kernel.views(array[..., :4]))
