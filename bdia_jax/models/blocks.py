@@ -15,7 +15,8 @@ from bdia_jax.models.attention import attend, check_implementation
 # than a guard bit absorbs.
 _residual_linear = partial(nnx.Linear, preferred_element_type=jnp.float32)
 _lecun = nnx.initializers.lecun_normal()
-_gelu = partial(jax.nn.gelu, approximate=False)
+# one object, so that an activation can be recognized
+gelu = partial(jax.nn.gelu, approximate=False)
 
 
 class Attention(nnx.Module):
@@ -80,34 +81,47 @@ class Attention(nnx.Module):
 class Cache(nnx.Module):
     """Keys and values of the tokens a stack of K causal attentions has seen.
 
-    The state of one `Attention` in a `BDIAStack`, stacked like its parameters. The stack
+    The state of one attention in a `BDIAStack`, stacked like its parameters. The stack
     carries it from call to call.
 
     Args:
-        attention: the stacked module (`stack.blocks.attention`); its `cache` is to be this.
+        attention: the stacked module (`stack.blocks.attention`); its `cache` is to be this. Its
+            `out` is the Linear behind H = `num_heads` heads; G = `num_kv_heads` of keys and
+            values where it has that attribute, else H.
         batch_size: B.
         length: the most tokens it can hold; further ones overwrite the last.
+        start: int32 [B], tokens at the beginning that are padding, which none behind them sees;
+            None for none.
     """
 
-    def __init__(self, attention: Attention, batch_size: int, length: int):
-        depth, width, _ = attention.out.kernel.shape
-        heads = attention.num_heads
-        shape = (depth, batch_size, length, heads, width // heads)
-        dtype = attention.qkv.dtype or jnp.float32
+    def __init__(
+        self, attention: Any, batch_size: int, length: int, start: jax.Array | None = None
+    ):
+        depth, inner, _ = attention.out.kernel.shape
+        heads = getattr(attention, "num_kv_heads", attention.num_heads)
+        shape = (depth, batch_size, length, heads, inner // attention.num_heads)
+        dtype = attention.out.dtype or jnp.float32
         self.key = nnx.Cache(jnp.zeros(shape, dtype))
         self.value = nnx.Cache(jnp.zeros(shape, dtype))
         self.used = nnx.Cache(jnp.zeros(depth, jnp.int32))
+        self.start: nnx.Cache | None = nnx.data(None)
+        if start is not None:
+            start = jnp.asarray(start, jnp.int32)
+            self.start = nnx.Cache(jnp.broadcast_to(start, (depth, batch_size)))
 
     def extend(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Appends k, v [B, T, H, D/H]; all keys, all values, and a mask [1, 1, T, length]."""
+        """Appends k, v [B, T, G, d]; all keys, all values, and a mask [1 or B, 1, T, length]."""
         used = self.used[...]
         at = (0, used, 0, 0)
         self.key[...] = jax.lax.dynamic_update_slice(self.key[...], k, at)
         self.value[...] = jax.lax.dynamic_update_slice(self.value[...], v, at)
         self.used[...] = used + k.shape[1]
+        token = jnp.arange(self.key.shape[1])
         query = used + jnp.arange(k.shape[1])
-        seen = jnp.arange(self.key.shape[1]) <= query[:, None]
-        return self.key[...], self.value[...], seen[None, None]
+        seen = (token <= query[:, None])[None, None]
+        if self.start is not None:
+            seen = seen & (token >= self.start[...][:, None, None, None])
+        return self.key[...], self.value[...], seen
 
 
 class CrossAttention(nnx.Module):
@@ -185,7 +199,7 @@ class MLP(nnx.Module):
         *,
         dropout_rate: float = 0.0,
         dtype=jnp.float32,
-        activation: Callable[[jax.Array], jax.Array] = _gelu,
+        activation: Callable[[jax.Array], jax.Array] = gelu,
         kernel_init: Callable = _lecun,
         out_init: Callable = _lecun,
         rngs: nnx.Rngs,
@@ -210,6 +224,7 @@ class PreNormBlock(nnx.Module):
     Args:
         width, num_heads, mlp_dim, dropout_rate, dtype: as in `Attention` and `MLP`.
         attention, mlp: what makes the two parts; `functools.partial` sets their options.
+        epsilon: of the LayerNorms.
     """
 
     branches = ("f", "g")
@@ -225,12 +240,13 @@ class PreNormBlock(nnx.Module):
         dtype=jnp.float32,
         attention: Callable[..., Any] = Attention,
         mlp: Callable[..., Any] = MLP,
+        epsilon: float = 1e-5,
         rngs: nnx.Rngs,
     ):
         common = {"dropout_rate": dropout_rate, "dtype": dtype, "rngs": rngs}
-        self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.attention = attention(width, num_heads, **common)
-        self.mlp_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.mlp = mlp(width, mlp_dim, **common)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
