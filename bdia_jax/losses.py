@@ -34,6 +34,7 @@ def softmax_cross_entropy(
     vocab_axis: int = 0,
     dtype: Any = None,
     chunk_size: int = 2048,
+    label_smoothing: float = 0.0,
 ) -> jax.Array:
     """The loss of every token, -log softmax(features table^T + bias)[label], in nats.
 
@@ -56,12 +57,16 @@ def softmax_cross_entropy(
             promote to. Sums are float32.
         chunk_size: classes at once. Working memory is 4 to 8 bytes a token and class of a
             chunk; smaller chunks make smaller matrix products.
+        label_smoothing: s in [0, 1): the target is 1 - s on the label and s / V on every class,
+            the label too, as of `optax.smooth_labels`. The mean over all V logits is summed
+            chunk by chunk, like the rest.
 
     Returns:
         float32 [...], as labels. The gradients follow whatever weighs and sums it.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a chunk_size that is no int from 1 on.
+        ValueError: shapes or dtypes that do not fit, a chunk_size that is no int from 1 on, a
+            label_smoothing outside [0, 1).
         TypeError: in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`), from JAX, since the
             backward pass is given by hand; `jax.grad` of `jax.grad` works.
 
@@ -71,7 +76,7 @@ def softmax_cross_entropy(
         >>> softmax_cross_entropy(features, table, labels).shape
         (2, 3)
     """
-    _check(features, table, labels, bias, vocab_axis, chunk_size)
+    _check(features, table, labels, bias, vocab_axis, chunk_size, label_smoothing)
     vocab_size = table.shape[vocab_axis]
     if labels.dtype.itemsize < 4:  # may be too narrow to hold V
         labels = labels.astype(jnp.int32)
@@ -80,6 +85,7 @@ def softmax_cross_entropy(
         vocab_axis,
         _product_dtype(features, table, dtype),
         min(chunk_size, vocab_size),
+        label_smoothing,
     )
     flat_features = features.reshape(-1, features.shape[-1])
     loss: Any = _loss(config, flat_features, table, bias, labels.reshape(-1))
@@ -90,6 +96,7 @@ class _Config(NamedTuple):
     vocab_axis: int
     dtype: Any
     size: int  # of a chunk: C
+    smoothing: float
 
 
 class _Chunk(NamedTuple):
@@ -125,11 +132,11 @@ def _loss(config: _Config, features, table, bias, labels):
 
 
 def _loss_fwd(config: _Config, features, table, bias, labels):
-    """log sum exp(logits) - logit of the label."""
+    """log sum exp(logits) - logit of the label, or of the smoothed target."""
     x = features.astype(config.dtype)
 
     def body(carry, first):
-        top, total, own = carry  # so far, sum exp(logits) = exp(top) total
+        top, total, own, all_logits = carry  # so far, sum exp(logits) = exp(top) total
         chunk = _chunk(config, x, table, bias, first)
         place = jnp.clip(labels - chunk.start, 0, config.size - 1)[:, None]
         is_here = (labels >= first) & (labels < first + config.size)
@@ -137,19 +144,24 @@ def _loss_fwd(config: _Config, features, table, bias, labels):
         new = jnp.where(chunk.is_new, chunk.logits, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(new, axis=1))
         total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(new - new_top[:, None]), axis=1)
-        return (new_top, total, own), None
+        if config.smoothing:
+            all_logits = all_logits + jnp.sum(jnp.where(chunk.is_new, chunk.logits, 0), axis=1)
+        return (new_top, total, own, all_logits), None
 
     # top starts finite, for a bias may rule out a whole chunk by -inf; a label that no chunk
     # has leaves NaN
-    start = (jnp.finfo(jnp.float32).min, 0.0, jnp.nan)
+    start = (jnp.finfo(jnp.float32).min, 0.0, jnp.nan, 0.0)
     carry = tuple(jnp.full(len(x), value, jnp.float32) for value in start)
-    (top, total, own), _ = jax.lax.scan(body, carry, _firsts(config, table))
+    (top, total, own, all_logits), _ = jax.lax.scan(body, carry, _firsts(config, table))
     log_sum = top + jnp.log(total)
+    if config.smoothing:
+        mean = all_logits / table.shape[config.vocab_axis]
+        own = (1 - config.smoothing) * own + config.smoothing * mean
     return log_sum - own, (features, table, bias, labels, log_sum)
 
 
 def _loss_bwd(config: _Config, residuals, ct):
-    """The cotangent of the logits, (softmax - one-hot) ct, a chunk at a time."""
+    """The cotangent of the logits, (softmax - target) ct, a chunk at a time."""
     features, table, bias, labels, log_sum = residuals
     x = features.astype(config.dtype)
     axis = config.vocab_axis
@@ -158,8 +170,10 @@ def _loss_bwd(config: _Config, residuals, ct):
     def body(carry, first):
         ct_x, ct_table, ct_bias = carry
         chunk = _chunk(config, x, table, bias, first)
-        is_own = chunk.start + jnp.arange(config.size) == labels[:, None]
-        ct_logits = (jnp.exp(chunk.logits - log_sum[:, None]) - is_own) * ct
+        target = chunk.start + jnp.arange(config.size) == labels[:, None]
+        if config.smoothing:
+            target = (1 - config.smoothing) * target + config.smoothing / table.shape[axis]
+        ct_logits = (jnp.exp(chunk.logits - log_sum[:, None]) - target) * ct
 
         def write(buffer, values, axis):  # once more what the chunk before has had
             values = values.astype(buffer.dtype)
@@ -200,7 +214,7 @@ def _product_dtype(features, table, dtype) -> Any:
     return dtype
 
 
-def _check(features, table, labels, bias, vocab_axis, chunk_size) -> None:
+def _check(features, table, labels, bias, vocab_axis, chunk_size, label_smoothing) -> None:
     given = {"features": features, "table": table} | ({} if bias is None else {"bias": bias})
     for name, array in given.items():
         if array.dtype not in (jnp.float32, jnp.bfloat16):
@@ -239,4 +253,8 @@ def _check(features, table, labels, bias, vocab_axis, chunk_size) -> None:
         raise ValueError(
             f"chunk_size is {chunk_size!r}, expected an int of at least 1; 2048 is the default, "
             "any size from V on makes one chunk"
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, expected from 0, for none, to below 1"
         )

@@ -17,8 +17,9 @@ from bdia_jax import memory_report
 from benchmarks import record
 from benchmarks.stack import MIB
 from configs import common, vit_cifar10
-from train.config import Config, ViTConfig
+from train.config import Config
 from train.images import Images, make_task
+from train.model_config import ViTConfig
 from train.program import compile_steps, make_program
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}

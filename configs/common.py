@@ -23,6 +23,8 @@ def defaults() -> ConfigDict:
     config.train_split = "train"
     config.eval_split = "validation"
 
+    config.init_from = ""
+    config.lora = {"rank": 0, "alpha": 32.0, "dropout_rate": 0.0}
     config.stack = "bdia"
     config.gamma = 0.5
     config.quantize = True

@@ -8,7 +8,8 @@ over-fits, BDIA-GPT2 far less. Layout and optimizer are nanoGPT's (AdamW, b2 0.9
 matrices, peak 6e-4, cosine, clipping 1), but for the cosine ending at 0 and documents not
 seeing each other; --config.input.isolate_documents=False lets them, and needs no attention mask,
 so that a GPU has flash attention. `:small` is a CPU's share of it: four blocks of width 64 on
-the bytes of 8 documents.
+the bytes of 8 documents. `:plain,tiny` is the small GPT-2 that configs/gpt2_e2e.py:small is
+fine-tuned from: 1.7M parameters, all documents.
 
 The data: `python -m train.prepare openwebtext_sample --from openwebtext.jsonl`. Tokens: GPT-2's, by
 tiktoken.
@@ -44,13 +45,25 @@ SCALES = {
         **{"num_steps": 2500, "warmup_steps": 100},
         **{"log_every_steps": 50, "eval_every_steps": 250, "checkpoint_every_steps": 2500},
     },
+    "tiny": {
+        "input": {
+            **{"tokenizer": "bpe", "vocab_size": 4096, "length": 128},
+            "isolate_documents": False,
+        },
+        "model": {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 512, "dtype": "float32"},
+        **{"learning_rate": 2e-3, "batch_size": 16, "num_steps": 2500, "warmup_steps": 100},
+        **{"log_every_steps": 100, "eval_every_steps": 1250, "checkpoint_every_steps": 500},
+    },
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
     config.dataset = "openwebtext_sample"
-    config.input = {"tokenizer": "gpt2", "length": 1024, "isolate_documents": True}
+    config.input = {
+        **{"tokenizer": "gpt2", "vocab_size": 0, "length": 1024},
+        "isolate_documents": True,
+    }
     config.model = {
         **{"name": "gpt2", "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
         **{"dropout_rate": 0.0, "dtype": "bfloat16"},

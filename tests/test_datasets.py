@@ -435,7 +435,8 @@ def test_unprepared_stock_set_names_the_command(tmp_path, name):
 
 
 def test_unknown_set_lists_the_choices(tmp_path):
-    choices = "digits, pydoc, numbers_enfr, kaggle_enfr, openwebtext_sample, e2e, cifar10, cifar100"
+    choices = ", ".join([*BUNDLED, *LOCAL])
+    assert choices.startswith("digits, pydoc, numbers_enfr, restaurants, kaggle_enfr")
     with pytest.raises(ValueError, match=f"dataset is 'no_such_set', expected one of {choices}"):
         open_builder("no_such_set", str(tmp_path))
 

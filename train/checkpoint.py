@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 
 from train.config import Config
 
@@ -40,6 +41,16 @@ def open_workdir(workdir: str, config: Config) -> Path:
     return path
 
 
+def read_config(workdir: Path) -> Config:
+    """The config of a run, from its workdir."""
+    nested: dict[str, Any] = {}
+    for name, value in json.loads((workdir / "config.json").read_text()).items():
+        *where, field = name.split(".")
+        place = nested.setdefault(where[0], {}) if where else nested
+        place[field] = tuple(value) if isinstance(value, list) else value
+    return Config.from_config_dict(ConfigDict(nested))
+
+
 def _check_same(old: dict, new: dict, path: Path) -> None:
     changed = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -70,11 +81,23 @@ class Checkpoints:
             workdir / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
 
-    def restore_or(self, init: Callable[[], Any]) -> Any:
-        """The newest saved state, in the layout of `init()`; `init()` itself if there is none."""
+    def restore_or(self, init: Callable[..., Any], *arguments: Any) -> Any:
+        """The newest saved state, in the layout of init(); init(*arguments) if there is none."""
+        if self._manager.latest_step() is None:
+            return init(*arguments)
+        return self.restore(init)
+
+    def restore(self, init: Callable[[], Any]) -> Any:
+        """The newest saved state, in the layout of init().
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         step = self._manager.latest_step()
         if step is None:
-            return init()
+            raise FileNotFoundError(
+                f"{self._manager.directory} has no checkpoint yet; train it further"
+            )
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

@@ -10,111 +10,26 @@ import jax.numpy as jnp
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
+from train.inputs import DataToTextInput, ImageInput, PairInput, TextInput
+from train.model_config import (
+    GPT2Config,
+    LoRAConfig,
+    PretrainedConfig,
+    ResNetConfig,
+    TransformerConfig,
+    ViTConfig,
+)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """The arguments of `bdia_jax.models.vit.ViT`; linformer_dim > 0 makes attention linear."""
-
-    name: str
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float
-    linformer_dim: int
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetConfig:
-    """The arguments of `bdia_jax.models.resnet.ResNet`."""
-
-    name: str
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class GPT2Config:
-    """The arguments of `bdia_jax.models.gpt2.GPT2`."""
-
-    name: str
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """The arguments of `bdia_jax.models.transformer.Transformer`."""
-
-    name: str
-    width: int
-    encoder_depth: int
-    decoder_depth: int
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageInput:
-    """Augmentation: RandAugment (0 operations for none), crop out of a padded image, flip.
-
-    inference_gammas: constant gammas the trained model is evaluated with at the end (Fig. 1).
-    """
-
-    rand_augment_ops: int
-    rand_augment_magnitude: int
-    crop_padding: int
-    flip: bool
-    inference_gammas: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TextInput:
-    """tokenizer is "gpt2" or "bytes"; length the tokens a sequence is packed to.
-
-    isolate_documents: positions start at 0 in every document, and a token sees its own document
-    only. This takes a mask, and with one attention is not cuDNN's (`choose_implementation` in
-    `bdia_jax.models.attention`): it writes weights [B, H, T, T]. False: positions run on, and a
-    token sees all before it in the window, as GPT-2 and nanoGPT are trained; no mask, so flash
-    attention where the device has it.
-    """
-
-    tokenizer: str
-    length: int
-    isolate_documents: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class PairInput:
-    """vocab_size of the BPE trained on both languages; boundaries: the buckets' lengths.
-
-    beam_size and eval_translations: how, and how many sentences, the BLEU score is made of.
-    """
-
-    vocab_size: int
-    boundaries: tuple[int, ...]
-    beam_size: int
-    eval_translations: int
-
-
-# Which model and input belong to which `config.model.name`; the input tells the task.
-_MODELS: dict[str, tuple[type, type]] = {
-    "vit": (ViTConfig, ImageInput),
-    "resnet": (ResNetConfig, ImageInput),
-    "gpt2": (GPT2Config, TextInput),
-    "transformer": (TransformerConfig, PairInput),
+# Which model and inputs belong to which `config.model.name`; the input tells the task.
+_MODELS: dict[str, tuple[type, tuple[type, ...]]] = {
+    "vit": (ViTConfig, (ImageInput,)),
+    "resnet": (ResNetConfig, (ImageInput,)),
+    "gpt2": (GPT2Config, (TextInput, DataToTextInput)),
+    "transformer": (TransformerConfig, (PairInput,)),
+    "pretrained": (PretrainedConfig, (TextInput, DataToTextInput, ImageInput)),
 }
 _RANGES = {
     **dict.fromkeys(("num_seeds", "batch_size", "num_steps", "log_every_steps"), (1, math.inf)),
@@ -127,6 +42,10 @@ _RANGES = {
     **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, math.inf)),
     **dict.fromkeys(("model.linformer_dim", "input.eval_translations"), (0, math.inf)),
     **dict.fromkeys(("batch_chunks", "token_chunks"), (1, math.inf)),
+    **dict.fromkeys(("input.length_penalty", "input.no_repeat_ngram"), (0, math.inf)),
+    **dict.fromkeys(("input.eval_generations", "lora.rank", "lora.alpha"), (0, math.inf)),
+    **dict.fromkeys(("input.label_smoothing", "lora.dropout_rate"), (0, 0.99)),
+    "guard_bits": (-1, 7),
     "input.rand_augment_magnitude": (0, 30),
     "input.length": (4, math.inf),  # samples are continued from a quarter of it
 }
@@ -139,11 +58,13 @@ class Config:
 
     num_seeds runs, of seed, seed + 1, ..., are trained at once, side by side on the device.
     dataset is a name of `train.datasets` or of TFDS, data_dir its folder ("" for the TFDS
-    default), train_split and eval_split TFDS splits. stack is "bdia", or a baseline: "revnet"
-    or "midpoint". gamma is |gamma| in training, 0 for the plain transformer; quantize=False
-    keeps floating-point states; by_branch, batch_chunks and token_chunks make the backward pass of
-    a block smaller (`BDIAStack`). optimizer is "set_adam" or "adamw"; schedule, after
-    warmup_steps, "constant" or "cosine".
+    default), train_split and eval_split TFDS splits. init_from is a Hugging Face folder to start
+    from, "" for random parameters; its architecture then takes the place of the config's. lora
+    trains adapters only. stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma|
+    in training, 0 for the plain transformer; quantize=False keeps floating-point states; guard_bits=-1
+    takes the number that an audit before the first step asks for (`train.guard_bits`); by_branch,
+    batch_chunks and token_chunks make the backward pass of a block smaller (`BDIAStack`). optimizer
+    is "set_adam" or "adamw"; schedule, after warmup_steps, "constant", "linear" or "cosine".
     """
 
     seed: int
@@ -152,8 +73,10 @@ class Config:
     data_dir: str
     train_split: str
     eval_split: str
-    input: ImageInput | TextInput | PairInput
-    model: ViTConfig | ResNetConfig | GPT2Config | TransformerConfig
+    input: ImageInput | TextInput | PairInput | DataToTextInput
+    model: ViTConfig | ResNetConfig | GPT2Config | TransformerConfig | PretrainedConfig
+    init_from: str
+    lora: LoRAConfig
     stack: str
     gamma: float
     quantize: bool
@@ -181,7 +104,7 @@ class Config:
             "stack": (*_STACKS,),
             "backprop": ("reversible", "store", "remat"),
             "optimizer": ("set_adam", "adamw"),
-            "schedule": ("constant", "cosine"),
+            "schedule": ("constant", "linear", "cosine"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -200,6 +123,7 @@ class Config:
                 f"{self.stack!r}; only a ViT with stack 'bdia' takes others than (0.0,)"
             )
         self._check_parts()
+        self._check_pretrained()
         if self.stack != "bdia":
             self._check_baseline()
         elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
@@ -234,6 +158,24 @@ class Config:
                 "set by_branch=False, batch_chunks=1 and token_chunks=1"
             )
 
+    def _check_pretrained(self):
+        if self.init_from and self.stack != "bdia":
+            raise ValueError(
+                f"init_from={self.init_from!r} with stack={self.stack!r}: a checkpoint is of the "
+                "standard transformer, whose network only stack='bdia' keeps"
+            )
+        tokenizer = getattr(self.input, "tokenizer", "")
+        if tokenizer == "checkpoint" and not self.init_from:
+            raise ValueError(
+                "input.tokenizer is 'checkpoint', but there is no init_from; set "
+                "--config.init_from=DIR, or take the tokenizer 'gpt2', 'bytes' or 'bpe'"
+            )
+        if self.lora.rank and isinstance(self.model, ResNetConfig | TransformerConfig):
+            raise ValueError(
+                f"lora.rank is {self.lora.rank} with model {self.model.name!r}: adapters are for "
+                "a ViT or a language model; set lora.rank=0"
+            )
+
     @property
     def _has_parts(self) -> bool:
         return self.by_branch or self.batch_chunks * self.token_chunks > 1
@@ -265,12 +207,21 @@ class Config:
         """From the ml_collections.ConfigDict that a file in configs/ returns."""
         values = config.to_dict()
         model = dict(values["model"])
+        if values["init_from"]:
+            kept = {field: model[field] for field in ("dropout_rate", "dtype") if field in model}
+            model = {"name": "pretrained", **kept}
         if model["name"] not in _MODELS:
             raise ValueError(f"model.name is {model['name']!r}, expected one of {(*_MODELS,)}")
-        model_class, input_class = _MODELS[model["name"]]
+        model_class, input_classes = _MODELS[model["name"]]
         values["model"] = _build(model_class, model, "model")
-        values["input"] = _build(input_class, values["input"], "input")
+        values["input"] = _build(_closest(input_classes, values["input"]), values["input"], "input")
+        values["lora"] = _build(LoRAConfig, values["lora"], "lora")
         return _build(cls, values, "config")
+
+    @property
+    def chooses_guard_bits(self) -> bool:
+        """Whether an audit is to choose them."""
+        return self.guard_bits == -1 and self.stack == "bdia" and self.backprop == "reversible"
 
     @property
     def model_arguments(self) -> dict[str, Any]:
@@ -285,7 +236,8 @@ class Config:
         fixed_point = None
         if self.quantize:
             gamma_bits = round(-math.log2(self.gamma)) if _is_power(self.gamma) else 1
-            fixed_point = FixedPoint(self.frac_bits, self.guard_bits, gamma_bits)
+            guard_bits = 1 if self.guard_bits == -1 else self.guard_bits  # 1 until chosen
+            fixed_point = FixedPoint(self.frac_bits, guard_bits, gamma_bits)
         return partial(
             BDIAStack,
             magnitude=self.gamma,
@@ -295,6 +247,13 @@ class Config:
             batch_chunks=self.batch_chunks,
             token_chunks=self.token_chunks,
         )
+
+
+def _closest(classes: tuple[type, ...], values: dict) -> type:
+    """The dataclass whose fields are most like these."""
+    return min(
+        classes, key=lambda cls: len({f.name for f in dataclasses.fields(cls)} ^ values.keys())
+    )
 
 
 def _build(cls: type, values: dict, where: str):

@@ -10,13 +10,16 @@ import numpy as np
 import optax
 from flax import nnx
 
+from bdia_jax import interop
 from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.resnet import ResNet
 from bdia_jax.models.vit import ViT
 from train.augment import augment
-from train.config import Config, ImageInput, ResNetConfig
+from train.config import Config
 from train.datasets.registry import in_chunks, open_split
 from train.evaluation import group_totals
+from train.inputs import ImageInput
+from train.model_config import ResNetConfig
 from train.task import Metrics, Task
 
 
@@ -100,6 +103,8 @@ def normalize(images: jax.Array) -> jax.Array:
 
 def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
     arguments: dict[str, Any] = config.model_arguments
+    if config.init_from:
+        return _of_checkpoint(config.init_from, image_shape, num_classes, arguments, rngs)
     if isinstance(config.model, ResNetConfig):
         return ResNet(image_shape, num_classes, **arguments, rngs=rngs)
     linformer_dim = arguments.pop("linformer_dim")
@@ -116,8 +121,25 @@ def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -
     return ViT(image_shape, num_classes, **arguments, rngs=rngs)
 
 
+def _of_checkpoint(folder: str, image_shape, num_classes: int, arguments, rngs) -> nnx.Module:
+    """A ViT of a checkpoint's architecture; it sees the images in its own size."""
+    model, its = interop.read_architecture(folder)
+    if model is not ViT:
+        raise ValueError(f"init_from {folder} is a {model.__name__}, which sees no images")
+    if its["image_shape"][-1] != image_shape[-1]:
+        raise ValueError(
+            f"init_from {folder} takes images of shape {its['image_shape']}, the data set has "
+            f"{image_shape}: other channels; take another checkpoint or data set"
+        )
+    return ViT(**its | arguments | {"num_classes": num_classes}, rngs=rngs)
+
+
 def _metrics(model: Any, batch: Images, rngs: nnx.Rngs | None) -> Metrics:
-    logits = model(normalize(batch.images), rngs=rngs)
+    images = normalize(batch.images)
+    shape = (len(images), *getattr(model, "image_shape", images.shape[1:]))
+    if images.shape != shape:  # of a checkpoint for larger images
+        images = jax.image.resize(images, shape, "bilinear")
+    logits = model(images, rngs=rngs)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     correct = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
     return {"loss": (loss, jnp.ones_like(loss)), "accuracy": (correct, jnp.ones_like(loss))}

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax.generate import generate
-from bdia_jax.models.gpt2 import GPT2
-from train.config import Config, TextInput
+from train.causal_lm import make_causal_lm
+from train.config import Config
+from train.inputs import TextInput
 from train.task import Metrics, Task
-from train.text import attention_mask, load_text, positions, segments
-from train.tokens import Bytes, Gpt2
-
-_TOKENIZERS = {"gpt2": Gpt2, "bytes": Bytes}
+from train.text import attention_mask, load_text, positions, read_texts, segments
+from train.tokens import open_tokenizer
 
 
 class Sequences(NamedTuple):
@@ -27,20 +26,16 @@ def load(config: Config) -> Task:
     """The task of a config whose input is a `TextInput`."""
     assert isinstance(config.input, TextInput)
     options = config.input
-    if options.tokenizer not in _TOKENIZERS:
-        raise ValueError(
-            f"input.tokenizer is {options.tokenizer!r}, expected one of {(*_TOKENIZERS,)}"
-        )
-    tokenizer = _TOKENIZERS[options.tokenizer]()
+    texts = (
+        text for (text,) in read_texts(config.dataset, config.train_split, config.data_dir, "text")
+    )
+    tokenizer = open_tokenizer(options.tokenizer, config.init_from, texts, options.vocab_size)
     train, held_out = (
         jnp.asarray(
             load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
         )
         for split in (config.train_split, config.eval_split)
     )
-
-    def make_model(rngs: nnx.Rngs) -> nnx.Module:
-        return GPT2(tokenizer.vocab_size, options.length, **config.model_arguments, rngs=rngs)
 
     def metrics(model: Any, batch: Sequences, rngs: nnx.Rngs | None) -> Metrics:
         """Loss in nats a token; every token is a target."""
@@ -71,9 +66,10 @@ def load(config: Config) -> Task:
     return Task(
         (Sequences(train),),
         (Sequences(held_out),),
-        make_model,
+        make_causal_lm(config, tokenizer.vocab_size, options.length),
         lambda key, batch: batch,
         metrics,
         f"{len(train):,} sequences of {options.length} tokens of {config.dataset}",
         finish,
+        tokenizer,
     )

@@ -11,13 +11,14 @@ from train.config import Config
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Linear warmup, then constant or cosine to zero."""
+    """Linear warmup, then constant, or linear or cosine to zero."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.num_steps)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
-    )
+    rest = optax.constant_schedule(peak)
+    if config.schedule == "linear":
+        rest = optax.linear_schedule(peak, 0.0, config.num_steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup])
 
 
 def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation:

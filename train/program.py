@@ -8,32 +8,31 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from bdia_jax.nnx import stacked_params
 from train.batches import Batches
 from train.config import Config
 from train.evaluation import group_totals
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import make_schedule
+from train.state import State, Training, keys, weights
 from train.task import Task, group_size
-
-State = dict[str, Any]
 
 
 class Program(NamedTuple):
     """What a run executes. With num_seeds > 1 every state and metric has that leading axis.
 
-    init: () -> State: "step" int32 [], "seed" int32, "params", "stats" (batch statistics),
-        "opt_state".
+    init: (pretrained or None) -> State, before the first step; as `Training.init`.
     train_steps: jitted (state, groups, count) -> (state, metrics averaged over `count` steps);
         the state is donated.
     evaluate: jitted (state, groups) -> metrics.
     models: state -> the trained models, one a seed, in evaluation mode.
+    abstract: the model, shapes only, without adapters.
     steps_per_epoch: batches in an epoch.
     """
 
-    init: Callable[[], State]
+    init: Callable[..., State]
     train_steps: Any
     evaluate: Any
     models: Callable[[State], list[nnx.Module]]
+    abstract: nnx.Module
     steps_per_epoch: int
 
 
@@ -42,24 +41,7 @@ def make_program(config: Config, task: Task) -> Program:
     sizes = [group_size(group) for group in task.train_groups]
     batches = Batches(sizes, config.batch_size)
     schedule = make_schedule(config)
-    abstract = nnx.eval_shape(lambda: task.make_model(nnx.Rngs(0)))
-    graphdef, *_ = _split(abstract)
-    tx = make_optimizer(config, nnx.to_pure_dict(stacked_params(abstract)))
-
-    def keys(seed: jax.Array):
-        """Keys of initialization, of the order of examples, and of what a step draws."""
-        return jax.random.split(jax.random.key(seed), 3)
-
-    def init(seed: jax.Array) -> State:
-        _, params, stats, _ = _split(task.make_model(nnx.Rngs(keys(seed)[0])))
-        params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-        return {"seed": seed, "params": params, "stats": stats, "opt_state": tx.init(params)}
-
-    # every call brings its own random streams; these keys only complete the model
-    rng_state = jax.jit(lambda: _split(task.make_model(nnx.Rngs(0)))[3])()
-
-    def merge(params: Any, stats: Any) -> Any:
-        return nnx.merge(graphdef, params, stats, rng_state)
+    training = Training(config, task.make_model)
 
     def gradient_of(group: int):
         def gradient(state: State, examples: Any, epoch, position, key):
@@ -70,11 +52,10 @@ def make_program(config: Config, task: Task) -> Program:
             batch = task.prepare(prepare_key, batch)
 
             def loss_fn(params):
-                model = merge(params, state["stats"])
+                model = training.merge(state | {"params": params})
                 model.train()
                 metrics = _ratios(task.metrics(model, batch, nnx.Rngs(model_key)))
-                stats = nnx.to_pure_dict(_split(model)[2])
-                return metrics["loss"], (metrics, stats)
+                return metrics["loss"], (metrics, training.stats(model))
 
             grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state["params"])
             return grads, metrics, stats
@@ -91,7 +72,7 @@ def make_program(config: Config, task: Task) -> Program:
             grads, metrics, stats = branches[0](*operands)
         else:
             grads, metrics, stats = jax.lax.switch(group, branches, *operands)
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        updates, opt_state = training.tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
         state = state | {"params": params, "stats": stats, "opt_state": opt_state}
@@ -112,8 +93,8 @@ def make_program(config: Config, task: Task) -> Program:
         state, sums = jax.lax.fori_loop(0, count, one, (state, zeros))
         return state | {"step": step + count}, jax.tree.map(lambda sum: sum / count, sums)
 
-    def evaluate_one(params: Any, stats: Any, examples: Any):
-        model = merge(params, stats)
+    def evaluate_one(values: State, examples: Any):
+        model = training.merge(values)
         model.eval()
         totals = [group_totals(model, task.metrics, group, config.batch_size) for group in examples]
         totals = jax.tree.map(lambda *parts: sum(parts), *totals)
@@ -122,29 +103,14 @@ def make_program(config: Config, task: Task) -> Program:
     def over_seeds(function, in_axes):
         return function if config.num_seeds == 1 else jax.vmap(function, in_axes=in_axes)
 
-    def init_all() -> State:
-        seeds = config.seed + jnp.arange(config.num_seeds, dtype=jnp.int32)
-        seeds = seeds[0] if config.num_seeds == 1 else seeds
-        return jax.jit(over_seeds(init, 0))(seeds) | {"step": jnp.zeros([], jnp.int32)}
-
     def evaluate(state: State, examples: Any):
-        return over_seeds(evaluate_one, (0, 0, None))(state["params"], state["stats"], examples)
-
-    def models(state: State) -> list[Any]:
-        values = state["params"], state["stats"]
-        one_each = [values]
-        if config.num_seeds > 1:
-            one_each = [
-                jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
-                for seed in range(config.num_seeds)
-            ]
-        merged = [merge(*each) for each in one_each]
-        for model in merged:
-            model.eval()
-        return merged
+        return over_seeds(evaluate_one, (0, None))(weights(state), examples)
 
     jitted = jax.jit(train_steps, donate_argnums=0)
-    return Program(init_all, jitted, jax.jit(evaluate), models, batches.steps_per_epoch)
+    return Program(
+        *(training.init, jitted, jax.jit(evaluate), training.models, training.abstract),
+        batches.steps_per_epoch,
+    )
 
 
 def lower_steps(program: Program, task: Task) -> jax.stages.Lowered:
@@ -156,12 +122,6 @@ def lower_steps(program: Program, task: Task) -> jax.stages.Lowered:
 def compile_steps(program: Program, task: Task) -> jax.stages.Compiled:
     """The compiled `train_steps`, for any count."""
     return lower_steps(program, task).compile()
-
-
-def _split(model: nnx.Module):
-    """(graphdef, parameters, statistics, random state)."""
-    graphdef, params, rng_state, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
-    return graphdef, params, stats, rng_state
 
 
 def _ratios(metrics) -> dict[str, jax.Array]:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from train.tokens import Tokenizer
+
 Arrays = Any  # a pytree of arrays with a common leading axis: the examples of a group
 
 # name -> (sum, weight), each float32 [B]: the metric is sum of sums over sum of weights
@@ -25,6 +27,7 @@ class Task(NamedTuple):
     describe: what the examples are, for the first line printed.
     finish: (models, workdir) -> final metrics, a value for each model: what to measure and
         write once training has ended. A model for each seed, in evaluation mode.
+    tokenizer: of a text; a byte-pair encoding is saved in the workdir.
     """
 
     train_groups: tuple[Arrays, ...]
@@ -34,6 +37,7 @@ class Task(NamedTuple):
     metrics: MetricsFn
     describe: str
     finish: Callable[[list[Any], Path], dict[str, list[float]]]
+    tokenizer: Tokenizer | None = None
 
 
 def group_size(group: Arrays) -> int:

@@ -1,5 +1,6 @@
-"""Tokenizers: GPT-2's, plain bytes, and byte-pair encodings learned from the training texts."""
+"""Tokenizers: GPT-2's, plain bytes, and byte-pair encodings, learned or of a checkpoint."""
 
+import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from pathlib import Path
@@ -80,9 +81,13 @@ class Bytes:
 
 
 class Bpe:
-    """A byte-level byte-pair encoding; ids 0, 1, 2 are PAD, BOS and EOS.
+    """A byte-level byte-pair encoding; ids 0, 1, 2 are PAD, BOS and EOS if `train` made it.
 
     Its alphabet has all 256 bytes, so no text is unknown to it.
+
+    Args:
+        tokenizer: of the `tokenizers` package.
+        end_of_text: the id between documents.
 
     Example:
         >>> bpe = Bpe.train(["le chat", "le chien", "the cat"], vocab_size=300)
@@ -90,9 +95,8 @@ class Bpe:
         'là-bas'
     """
 
-    end_of_text = EOS
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: int = EOS):
+        self.end_of_text = end_of_text
         self._tokenizer = tokenizer
         # or a text with "<eos>" in it would get the id 2
         self._tokenizer.encode_special_tokens = True
@@ -130,20 +134,68 @@ class Bpe:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Bpe":
-        """What `save` wrote.
+    def load(cls, path: str | Path, end_of_text: int = EOS) -> "Bpe":
+        """What `save` wrote, or the tokenizer.json of a Hugging Face folder.
 
         Raises:
             FileNotFoundError: no such file.
+            ValueError: it is no such JSON.
         """
-        return cls(tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8")))
+        text = Path(path).read_text("utf-8")
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text), end_of_text)
+        except Exception as error:  # the package raises nothing more special
+            raise ValueError(f"{path} is not a file of the package tokenizers: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, in the format of the `tokenizers` package."""
         Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def open_tokenizer(
+    name: str, folder: str | Path = "", texts: Iterable[str] = (), vocab_size: int = 0
+) -> Tokenizer:
+    """The tokenizer a config names.
+
+    Args:
+        name: "gpt2"; "bytes"; "bpe", learned from texts; or "checkpoint", that of folder.
+        folder: a Hugging Face folder with config.json and tokenizer.json.
+        texts, vocab_size: as in `Bpe.train`.
+
+    Raises:
+        FileNotFoundError: a file of the tokenizer is not there.
+        ValueError: an unknown name; "checkpoint" without a folder; as `Bpe.train`.
+    """
+    if name == "bpe":
+        return Bpe.train(texts, vocab_size)
+    if name == "checkpoint":
+        return _of_checkpoint(folder)
+    simple: dict[str, type[Tokenizer]] = {"gpt2": Gpt2, "bytes": Bytes}
+    if name not in simple:
+        raise ValueError(
+            f"input.tokenizer is {name!r}, expected one of {(*simple, 'bpe', 'checkpoint')}"
+        )
+    return simple[name]()
+
+
+def _of_checkpoint(folder: str | Path) -> Bpe:
+    path = Path(folder)
+    if not folder or not (path / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"input.tokenizer is 'checkpoint', but init_from {str(folder)!r} has no "
+            "tokenizer.json; put it there, or take input.tokenizer 'gpt2' for a GPT-2"
+        )
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end  # Llama 3 has several
+    if not isinstance(end, int):
+        raise ValueError(
+            f"{path / 'config.json'} has eos_token_id {end!r}, expected the id that ends a text"
+        )
+    return Bpe.load(path / "tokenizer.json", end)

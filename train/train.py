@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdia_jax import memory_report
-from train import images, language, translation
+from train import data_to_text, guard_bits, images, language, translation
 from train.checkpoint import Checkpoints, open_workdir
-from train.config import Config, ImageInput, TextInput
+from train.config import Config
 from train.datasets.registry import footnote, open_builder
+from train.inputs import DataToTextInput, ImageInput, TextInput
 from train.log import Log, draw_curve, format_bytes, read_records
-from train.program import Program, State, compile_steps, lower_steps, make_program
+from train.pretrained import keep_description, read_params
+from train.program import Program, compile_steps, lower_steps, make_program
+from train.state import State
 from train.task import Task, group_size
+from train.tokens import Bpe
 
 NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
 
@@ -32,6 +36,8 @@ def load_task(config: Config) -> Task:
         task = images.load(config)
     elif isinstance(config.input, TextInput):
         task = language.load(config)
+    elif isinstance(config.input, DataToTextInput):
+        task = data_to_text.load(config)
     else:
         task = translation.load(config)
     count = sum(group_size(group) for group in task.train_groups)
@@ -65,12 +71,23 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     task = load_task(config)
     program = make_program(config, task)
     lowered = lower_steps(program, task)
+    pretrained = read_params(config, program.abstract)
     path = open_workdir(workdir, config)  # only now: bad data or sizes leave no folder behind
+    if config.init_from:
+        keep_description(config.init_from, path)
+    if isinstance(task.tokenizer, Bpe):
+        task.tokenizer.save(path / "tokenizer.json")
     fingerprint = _check_same_data(path, task)
-    train_steps = lowered.compile()
-    memory = memory_report(train_steps)
     with Checkpoints(path) as checkpoints:
-        state = checkpoints.restore_or(program.init)
+        state = checkpoints.restore_or(program.init, pretrained)
+        del pretrained
+        guard_facts: dict[str, Any] = {}
+        if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
+            chosen, guard_facts = guard_bits.choose(config, task, program.models(state)[0])
+            program = make_program(chosen, task)
+            lowered = lower_steps(program, task)
+        train_steps = lowered.compile()
+        memory = memory_report(train_steps)
         start = int(state["step"])
         seeds = f" x {config.num_seeds} seeds" if config.num_seeds > 1 else ""
         print(
@@ -92,6 +109,7 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             data_note=footnote(open_builder(config.dataset, config.data_dir)),
             steps_per_epoch=program.steps_per_epoch,
             temp_bytes=memory.temporaries,
+            **guard_facts,
         )
         state, metrics = _loop(
             config, task, program._replace(train_steps=train_steps), checkpoints, log, state

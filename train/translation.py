@@ -12,7 +12,8 @@ from flax import nnx
 
 from bdia_jax.generate import translate
 from bdia_jax.models.transformer import Transformer
-from train.config import Config, PairInput
+from train.config import Config
+from train.inputs import PairInput
 from train.task import Metrics, Task
 from train.text import PairBucket, encode_pairs, read_texts
 from train.tokens import EOS, PAD, Bpe
@@ -38,7 +39,6 @@ def load(config: Config) -> Task:
 
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """BLEU of each model on the first held-out pairs; translations.txt by the first."""
-        tokenizer.save(workdir / "bpe.json")
         if not options.eval_translations:
             return {}
         references: dict[str, list[str]] = {}  # a sentence may have several translations
@@ -70,6 +70,7 @@ def load(config: Config) -> Task:
         _metrics,
         f"{count:,} sentence pairs of {config.dataset}{note}",
         finish,
+        tokenizer,
     )
 
 

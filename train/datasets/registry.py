@@ -15,10 +15,16 @@ from train.datasets.local_file import LocalFileBuilder
 from train.datasets.numbers_enfr import NumbersEnfr
 from train.datasets.openwebtext_sample import OpenwebtextSample
 from train.datasets.pydoc import Pydoc
+from train.datasets.restaurants import Restaurants
 from train.datasets.write import write
 
 # They prepare themselves, without a download.
-BUNDLED: dict[str, Any] = {"digits": Digits, "pydoc": Pydoc, "numbers_enfr": NumbersEnfr}
+BUNDLED: dict[str, Any] = {
+    "digits": Digits,
+    "pydoc": Pydoc,
+    "numbers_enfr": NumbersEnfr,
+    "restaurants": Restaurants,
+}
 
 # `python -m train.prepare` prepares them from a file. The CIFARs are read as stock TFDS sets.
 LOCAL: dict[str, type[LocalFileBuilder]] = {

@@ -1,0 +1,194 @@
+"""Text from a trained model: python -m train.generate --from runs/gpt2 --prompt "Once upon a time"
+
+--from is a workdir of `python -m train`, or a folder with a Hugging Face checkpoint. GPT-2 and
+Llama continue every --prompt, a Transformer translates every --source. What is evaluated is the
+standard network, gamma 0. A run's states are in fixed point if it was trained so, a checkpoint's
+in floating point as in any other runtime.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.generate import generate, generate_beam, translate
+from bdia_jax.models.transformer import Transformer
+from train.restore import open_run
+from train.tokens import EOS, PAD, Tokenizer, open_tokenizer
+
+
+def continue_texts(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    beam_size: int = 0,
+    length_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+) -> list[str]:
+    """What the model writes behind each prompt, up to the end of the text or num_tokens tokens.
+
+    Args:
+        model: a `bdia_jax.generate.CausalLM`.
+        tokenizer: the one it was trained with.
+        prompts: all continued at once; an empty one begins a new text.
+        num_tokens: at most.
+        seed, temperature, top_k: as in `generate`; seed makes its key.
+        beam_size: 0 draws; above, the three last arguments go to `generate_beam`.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
+    """
+    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    check_vocabulary(model, max(map(max, ids)))
+    lengths = [len(row) for row in ids]
+    padded = jnp.array([[tokenizer.end_of_text] * (max(lengths) - len(row)) + row for row in ids])
+    where: Any = {"prompt_lengths": None if len(set(lengths)) == 1 else jnp.array(lengths)}
+    end = tokenizer.end_of_text
+    if beam_size:
+        new, _ = generate_beam(
+            model, padded, num_tokens, **where, beam_size=beam_size, end_token=end,
+            length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
+        )  # fmt: skip
+    else:
+        new = generate(
+            model, padded, num_tokens, **where, key=jax.random.key(seed),
+            temperature=temperature, top_k=top_k, end_token=end,
+        )[:, max(lengths) :]  # fmt: skip
+    # a vocabulary padded to a round number has tokens that mean nothing
+    return [tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in new.tolist()]
+
+
+def translate_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    sources: Sequence[str],
+    num_tokens: int,
+    *,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+) -> list[str]:
+    """The translation of each sentence. Args: as in `translate`, num_tokens its max_len.
+
+    Raises:
+        ValueError: a sentence longer than the model takes; as `translate`.
+    """
+    ids = [[*tokenizer.encode(source), EOS] for source in sources]
+    width = max(map(len, ids))
+    if width > model.max_len:
+        longest = max(sources, key=lambda source: len(tokenizer.encode(source)))
+        raise ValueError(
+            f"a source has {width} tokens, expected at most {model.max_len}: {longest!r}; split it"
+        )
+    rows = jnp.array([row + [PAD] * (width - len(row)) for row in ids])
+    tokens, _ = translate(
+        model, rows, num_tokens, beam_size=beam_size, length_penalty=length_penalty
+    )
+    return [tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def check_vocabulary(model: Any, largest: int) -> None:
+    """Raises ValueError if a language model has no token `largest`, of which it would make NaN."""
+
+    def logits(model, tokens):
+        return model.logits(model.features(tokens))
+
+    size = nnx.eval_shape(logits, model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+    if largest >= size:
+        raise ValueError(
+            f"the text has the token {largest}, but the model only {size} tokens; take the "
+            "tokenizer it was trained with, by --tokenizer"
+        )
+
+
+def run(args: argparse.Namespace) -> str:
+    """What is printed.
+
+    Raises:
+        FileNotFoundError: no such file, or the data set of the run is not prepared.
+        ValueError: a folder, model or options that do not fit together.
+    """
+    prompts = [*args.prompt]
+    if args.prompt_file:
+        prompts += args.prompt_file.read_text("utf-8").splitlines()
+    if bool(prompts) == bool(args.source):
+        raise ValueError("expected --prompt (or --prompt_file), or else --source")
+    opened: Any = open_run(args.folder, data_dir=args.data_dir)
+    model = opened.model
+    takes = "--source" if isinstance(model, Transformer) else "--prompt"
+    takes = takes if hasattr(model, "logits") else "no text"
+    if takes != ("--source" if args.source else "--prompt"):
+        raise ValueError(f"{args.folder} is a {type(model).__name__}, which takes {takes}")
+    tokenizer = choose_tokenizer(args.tokenizer, args.folder, opened.tokenizer)
+    beam: dict[str, Any] = {}
+    if args.length_penalty is not None:
+        beam["length_penalty"] = args.length_penalty
+    if isinstance(model, Transformer):
+        num_tokens = min(args.num_tokens, model.max_len)
+        size = args.beam_size or 4
+        return "\n".join(
+            translate_texts(model, tokenizer, args.source, num_tokens, beam_size=size, **beam)
+        )
+    if opened.config is None:
+        opened.model.stack.fixed_point, opened.model.stack.backprop = None, "store"
+    new = continue_texts(
+        opened.model, tokenizer, prompts, args.num_tokens,
+        seed=args.seed, temperature=args.temperature, top_k=args.top_k or None,
+        beam_size=args.beam_size, no_repeat_ngram=args.no_repeat_ngram, **beam,
+    )  # fmt: skip
+    texts = [prompt + continuation for prompt, continuation in zip(prompts, new, strict=True)]
+    return "\n==========\n".join(texts)
+
+
+def choose_tokenizer(name: str, folder: Path, own: Tokenizer | None) -> Tokenizer:
+    """The tokenizer named (see `train.tokens.open_tokenizer`), else the folder's own.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_tokenizer`; none named, and the folder has none.
+    """
+    if name:
+        return open_tokenizer(name, folder)
+    if own is None:
+        raise ValueError(
+            f"{folder} has no tokenizer; name the one its model was trained with: "
+            "--tokenizer=gpt2, or bytes"
+        )
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = options.add_argument
+    add("--from", dest="folder", type=Path, required=True, help="a workdir or a checkpoint")
+    add("--prompt", action="append", default=[], help="a text to continue; may be repeated")
+    add("--prompt_file", "--prompt-file", type=Path, help="more of them, one a line")
+    add("--source", action="append", default=[], help="a sentence to translate; may be repeated")
+    add("--num_tokens", type=int, default=100, help="most new tokens of each")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    add("--top_k", type=int, default=0, help="draw among that many tokens; 0: all")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--beam_size", type=int, default=0, help="search, not draw; translation always does, by 4")
+    add("--length_penalty", type=float, help="of the search; 1, for translation 0.6")
+    add("--no_repeat_ngram", type=int, default=0, help="of the search: no n tokens twice")
+    add("--tokenizer", default="", help="gpt2 or bytes, for a folder without one")
+    add("--data_dir", default="", help="where TFDS keeps its data, for a workdir")
+    args = options.parse_args(argv)
+    try:
+        print(run(args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

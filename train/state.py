@@ -1,0 +1,116 @@
+"""The training state of a run, and the model it is the state of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bdia_jax import lora
+from bdia_jax.nnx import stacked_params
+from train.config import Config
+from train.optimizer import make_optimizer
+
+# "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
+# adapters only), "stats" (batch statistics), "opt_state". With num_seeds > 1 all but the step have
+# that axis.
+State = dict[str, Any]
+
+
+class Training:
+    """What is trained of a model, and how; no parameter is made yet.
+
+    Args:
+        config: the run's.
+        make_model: (rngs) -> the model, without adapters.
+
+    Attributes:
+        tx: the optimizer.
+        abstract: the model without adapters, shapes only.
+    """
+
+    def __init__(self, config: Config, make_model: Callable[[nnx.Rngs], nnx.Module]):
+        self._config = config
+        self._trained = nnx.LoRAParam if config.lora.rank else nnx.Param
+        self.abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self._make_model = make_model
+        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
+        self._graphdef, *_ = self._split(model)
+        stacked = nnx.filter_state(stacked_params(model), self._trained)
+        self.tx: optax.GradientTransformation = make_optimizer(config, nnx.to_pure_dict(stacked))
+        # every call brings its own random streams; these keys only complete the model
+        self._rng_state = jax.jit(lambda: self._split(self._make(nnx.Rngs(0)))[4])()
+
+    def init(self, pretrained: Any = None) -> State:
+        """The state before the first step.
+
+        Args:
+            pretrained: nested dict of parameters in place of random ones.
+        """
+        count = self._config.num_seeds
+        seeds = self._config.seed + jnp.arange(count, dtype=jnp.int32)
+        one = self._init_one if count > 1 else lambda seeds, its: self._init_one(seeds[0], its)
+        function = jax.vmap(one, in_axes=(0, None)) if count > 1 else one
+        return jax.jit(function)(seeds, pretrained) | {"step": jnp.zeros([], jnp.int32)}
+
+    def _init_one(self, seed: jax.Array, pretrained: Any) -> State:
+        model = self._make(nnx.Rngs(keys(seed)[0]))
+        if pretrained is not None:
+            nnx.update(model, pretrained)
+        _, *parts, _ = self._split(model)
+        params, frozen, stats = map(nnx.to_pure_dict, parts)
+        opt_state = self.tx.init(params)
+        state = {"seed": seed, "params": params, "stats": stats, "opt_state": opt_state}
+        return state | ({"frozen": frozen} if frozen else {})
+
+    def merge(self, state: State) -> Any:
+        """The model of a state of one seed."""
+        values = weights(state)
+        return nnx.merge(self._graphdef, *values.values(), self._rng_state)
+
+    def models(self, state: State) -> list[Any]:
+        """The models, one a seed, in evaluation mode."""
+        values = weights(state)
+        each = [values]
+        if self._config.num_seeds > 1:
+            each = [
+                jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
+                for seed in range(self._config.num_seeds)
+            ]
+        merged = [self.merge(one) for one in each]
+        for model in merged:
+            model.eval()
+        return merged
+
+    def stats(self, model: Any) -> Any:
+        """Batch statistics after a step."""
+        return nnx.to_pure_dict(self._split(model)[3])
+
+    def _make(self, rngs: nnx.Rngs) -> nnx.Module:
+        model, options = self._make_model(rngs), self._config.lora
+        if options.rank:
+            lora.add(
+                *(model, lora.query_and_value(model)),
+                **{"rank": options.rank, "alpha": options.alpha},
+                **{"dropout_rate": options.dropout_rate, "rngs": rngs},
+            )
+        return model
+
+    def _split(self, model: nnx.Module):
+        """(graphdef, trained parameters, frozen ones, statistics, random state)."""
+        graphdef, params, frozen, rng_state, stats = nnx.split(
+            model, self._trained, nnx.Param, nnx.RngState, ...
+        )
+        return graphdef, params, frozen, stats, rng_state
+
+
+def weights(state: State) -> State:
+    """What of a state the model consists of."""
+    return {name: state[name] for name in ("params", "frozen", "stats") if name in state}
+
+
+def keys(seed: jax.Array):
+    """Keys of initialization, of the order of examples, and of what a step draws."""
+    return jax.random.split(jax.random.key(seed), 3)
