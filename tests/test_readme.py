@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
+
+from bdia_jax import interop
+from bdia_jax.models.gpt2 import GPT2
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,7 +23,7 @@ def result(name):
 
 
 def test_quick_start_runs():
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    program, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
     exec(program, names)
     report = names["report"]
@@ -29,11 +33,28 @@ def test_quick_start_runs():
         exec(program.splitlines()[-1], names)
 
 
+def test_fine_tuning_program_runs(tmp_path, monkeypatch):
+    _, program = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    small = GPT2(30, 8, width=16, depth=2, num_heads=2, mlp_dim=32, rngs=nnx.Rngs(0))
+    interop.save(small, "gpt2-medium")
+    tune = "model.stack.blocks.attention.qkv.lora_b[0][...] += 0.1"
+    exec(program.replace("...  # train it", f"{tune}  # train it"), {})
+    before, after = (
+        np.asarray(model.stack.blocks.attention.qkv.kernel)
+        for model in (small, interop.load("mine", rngs=nnx.Rngs(0)))
+    )
+    change = after - before
+    assert [bool(part.any()) for part in np.split(change, 3, axis=-1)] == [True, False, False]
+
+
 def test_files_and_modules_it_names_exist():
     for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"-m benchmarks\.(\w+)", README):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+    for name in re.findall(r"-m train\.(\w+)", README):
+        assert (ROOT / "train" / f"{name}.py").exists(), name
     for path in re.findall(r"--config=(configs/[a-z]\w*\.py)", README):
         assert (ROOT / path).exists(), path
 
