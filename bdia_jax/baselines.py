@@ -83,7 +83,7 @@ class RevStack(_FloatStack):
     Args:
         make_block: (rngs) -> nnx.Module with `f(x, *consts)` and `g(x)`, the two residual
             branches, as `PreNormBlock` has.
-        depth, rngs: as in `BDIAStack`.
+        depth, rngs, dtype: as in `BDIAStack`.
         backprop: "reversible", or "store": autodiff of the same forward.
 
     Raises:
@@ -100,8 +100,9 @@ class RevStack(_FloatStack):
         *,
         rngs: nnx.Rngs,
         backprop: str = "reversible",
+        dtype: Any = None,
     ):
-        super().__init__(make_block, depth, rngs=rngs, backprop=backprop)
+        super().__init__(make_block, depth, rngs=rngs, backprop=backprop, dtype=dtype)
         if names := self.state_names():
             raise ValueError(
                 f"the block has state ({', '.join(names)}), which f and g would both update; "
@@ -123,7 +124,7 @@ class MidpointStack(_FloatStack):
     """The explicit midpoint rule: x_{k+1} = x_{k-1} + 2 h_k(x_k), with x_1 = x_0 + h_0(x_0).
 
     Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
+        make_block, depth, rngs, has_aux, dtype: as in `BDIAStack`.
         backprop: "reversible", or "store": autodiff of the same forward.
     """
 
@@ -139,7 +140,7 @@ class FloatBDIAStack(_FloatStack):
     there is that of "store".
 
     Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
+        make_block, depth, rngs, has_aux, dtype: as in `BDIAStack`.
         magnitude: |gamma| in training.
         backprop: "reversible", or "store": autodiff of the same forward.
 
@@ -156,8 +157,10 @@ class FloatBDIAStack(_FloatStack):
         magnitude: float = 0.5,
         backprop: str = "reversible",
         has_aux: bool = False,
+        dtype: Any = None,
     ):
-        super().__init__(make_block, depth, rngs=rngs, backprop=backprop, has_aux=has_aux)
+        options = {"backprop": backprop, "has_aux": has_aux, "dtype": dtype}
+        super().__init__(make_block, depth, rngs=rngs, **options)
         self.magnitude = magnitude
 
     def _coefficients(self, batch_size, rngs):

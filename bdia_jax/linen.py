@@ -4,11 +4,13 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from bdia_jax._checks import check_magnitude
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.parts import choose_parts
+from bdia_jax.precision import cast_floats, check_dtype
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 
@@ -24,7 +26,7 @@ class BDIAStack(nn.Module):
     Attributes:
         block: a Linen module; called with (x, *consts) it returns h, all that the block adds
             to x (so without the residual itself), or (h, aux) with `has_aux`. x arrives in
-            float32. It is a template: every block has parameters of its own.
+            float32, or in `dtype`. It is a template: every block has parameters of its own.
         depth: K, the number of blocks.
         magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
             0 for the plain stack.
@@ -33,6 +35,8 @@ class BDIAStack(nn.Module):
             time, as in `bdia_jax.nnx.BDIAStack`; the block's `branches` and `per_token` name
             methods (of a block written with `setup`) that are called as the block is.
         deterministic: True at inference; may be given at the call instead.
+        dtype: what the blocks compute in, None if they decide; as in `bdia_jax.nnx.BDIAStack`.
+            The collection "params" is cast for the blocks, no other.
 
     Every collection lives under the name "blocks" with a leading axis K. Every rng the
     caller passes other than "params" and "gamma" reaches the blocks, split by block, so a
@@ -63,6 +67,7 @@ class BDIAStack(nn.Module):
     batch_chunks: int = 1
     token_chunks: int = 1
     deterministic: bool | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -80,6 +85,7 @@ class BDIAStack(nn.Module):
             ValueError: as `bdia_scan`; deterministic given neither here nor as attribute.
         """
         deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
+        dtype = check_dtype(self.dtype)
         block = self.block.clone(parent=None, name=None)
         if "deterministic" in inspect.signature(type(block).__call__).parameters:
             block_kwargs["deterministic"] = deterministic
@@ -104,9 +110,13 @@ class BDIAStack(nn.Module):
                 variables_k, keys_k = params_k
                 if index:  # streams start anew in every branch
                     keys_k = {s: jax.random.fold_in(key, index) for s, key in keys_k.items()}
+                weights, x, consts = cast_floats((variables_k.get("params"), x, consts), dtype)
+                if weights is not None:
+                    variables_k = variables_k | {"params": weights}
                 options = {"rngs": keys_k, "mutable": mutable, "method": method}
                 out, new_state = block.apply(variables_k, x, *consts, **options, **block_kwargs)
                 h, aux = out if self.has_aux else (out, None)
+                aux = cast_floats(aux, None if dtype is None else jnp.float32)
                 return h, (aux, jax.lax.stop_gradient(new_state))
 
             return block_fn
@@ -159,7 +169,7 @@ class BDIAStack(nn.Module):
     def _block_keys(self, stream: str) -> jax.Array:
         """[K], typed so that the parts of a batch can have their own."""
         key = self.make_rng(stream)
-        is_typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         return jax.random.split(key if is_typed else jax.random.wrap_key_data(key), self.depth)
 
     def _block_streams(self) -> list[str]:

@@ -1,5 +1,6 @@
 """BDIAStack for Flax NNX: K copies of any user block, trained reversibly."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,8 +30,8 @@ class BDIAStack(Stack):
     Args:
         make_block: (rngs) -> nnx.Module; the module maps (x, *consts) to h, all that the
             block adds to x (so without the residual itself), or to (h, aux) with `has_aux`.
-            x arrives in float32; h may be of any float dtype, float32 is best (let the last
-            projection return it).
+            x arrives in float32, or in `dtype`; h may be of any float dtype, float32 is best
+            (let the last projection return it).
         depth: K, the number of blocks.
         rngs: initializes the blocks, one key a block, and seeds the stack's own streams
             "gamma" and "dropout".
@@ -43,6 +44,8 @@ class BDIAStack(Stack):
         inference_gamma: the constant gamma_1 .. gamma_{K-1} of eq. 10 at inference, from
             -0.5 to 0.5: another solver of the same ODE, as in Fig. 1 of the paper. 0 is the
             unchanged transformer. May be set later too (`stack.inference_gamma = 0.2`).
+        dtype: what the blocks compute in (jnp.bfloat16), None if they decide: see below. May be
+            set later too (`stack.dtype = None`).
 
     Attributes:
         blocks: one block module whose variables are stacked on a leading axis K.
@@ -50,7 +53,8 @@ class BDIAStack(Stack):
             module set it.
 
     Raises:
-        ValueError: a depth below 1, or inference_gamma outside [-0.5, 0.5].
+        ValueError: a depth below 1, inference_gamma outside [-0.5, 0.5], or a dtype that is no
+            float type.
 
     What a deep stack still needs is the backward pass of one block. Three arguments make that of
     "reversible" smaller; `block_fn`, `batch_chunks` and `token_chunks` of `bdia_scan` say how:
@@ -69,6 +73,16 @@ class BDIAStack(Stack):
     Dropout inside a block draws from a key of its own per block and call, the same in the
     forward and the backward pass. Variables that are neither parameters nor random state
     (batch statistics) are updated once per call, by the forward pass.
+
+    With dtype, as of a Flax layer, parameters stay float32: each block gets its own, x and the
+    float consts cast to it, one block at a time and alike in the forward and the backward pass,
+    and float32 gradients come back. The states, gamma, x_K and aux are as without. Layers that
+    name a dtype of their own keep it (the blocks of `bdia_jax.models` do: set the model's). A
+    LayerNorm takes its statistics in float32 and returns dtype. State is never cast; a BatchNorm
+    of NNX that names no dtype thus returns the float32 of its statistics.
+    A block that ends in bfloat16 returns h in steps of 2^-6 at magnitude 4, eight quanta: one
+    rounding that comes out different is more than a guard bit absorbs. `bdia_jax.rounding` makes
+    every one come out the same on a CPU; elsewhere `choose_guard_bits` measures what is needed.
 
     Example:
         >>> class Block(nnx.Module):
@@ -95,8 +109,10 @@ class BDIAStack(Stack):
         batch_chunks: int = 1,
         token_chunks: int = 1,
         inference_gamma: float = 0.0,
+        dtype: Any = None,
     ):
-        super().__init__(make_block, depth, rngs=rngs, backprop=backprop, has_aux=has_aux)
+        options = {"backprop": backprop, "has_aux": has_aux, "dtype": dtype}
+        super().__init__(make_block, depth, rngs=rngs, **options)
         self.magnitude = magnitude
         self.fixed_point = fixed_point
         self.by_branch = by_branch
@@ -155,6 +171,46 @@ class BDIAStack(Stack):
         pure, block_fn, chunks = self._parts(x, rngs)
         options = {"fixed_point": self.fixed_point, "has_aux": True}
         return audit(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
+
+    def choose_guard_bits(
+        self, x: jax.Array, *consts: Any, at_least: int = 1, rngs: nnx.Rngs | None = None
+    ) -> Audit:
+        """Sets `fixed_point.guard_bits` to what an audit suggests, and returns the audit of it.
+
+        Guard bits change what is kept and what is rebuilt, never a forward value, so they may be
+        chosen anew at any time, on another device for example.
+
+        Args:
+            x, consts, rngs: as in `audit`. Drift grows with the blocks' magnitude: take real inputs
+                and, if there are any, trained parameters.
+            at_least: fewest guard bits to take. One is an insurance: that no rounding came out
+                different here does not promise it of the next batch.
+
+        Returns:
+            An exact `Audit` with the number chosen, which is in `fixed_point`.
+
+        Raises:
+            ValueError: as `audit`; no number of guard bits is enough, or states are not finite.
+        """
+        found = self.audit(x, *consts, rngs=rngs)
+        if found.invalid:
+            raise ValueError(
+                f"{found.invalid} elements of the states are NaN or beyond int32, so no guard bits "
+                "can be chosen; check x and the parameters, or lower frac_bits"
+            )
+        before = found.fixed_point
+        if found.suggested_guard_bits is not None:
+            chosen = max(at_least, found.suggested_guard_bits)
+            self.fixed_point = dataclasses.replace(before, guard_bits=chosen)
+            if chosen != before.guard_bits:
+                found = self.audit(x, *consts, rngs=rngs)
+        if found.suggested_guard_bits is None or not found.exact:
+            self.fixed_point = before
+            raise ValueError(
+                f"no number of guard bits is enough for a drift of {found.max_drift:.3g} quanta; "
+                "let the block return h in float32, lower frac_bits, or take backprop='remat'"
+            )
+        return found
 
     def _parts(self, x: jax.Array, rngs: nnx.Rngs):
         """(Pure, block_fn of `bdia_scan`, its batch_chunks and token_chunks)."""

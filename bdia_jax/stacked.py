@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from bdia_jax.precision import cast_floats, check_dtype
 
 
 class Stack(nnx.Module):
@@ -15,7 +18,7 @@ class Stack(nnx.Module):
         depth: K, the number of blocks.
         rngs: initializes the blocks, one key a block, and seeds the stack's own streams
             "gamma" and "dropout".
-        backprop, has_aux: as in the stack.
+        backprop, has_aux, dtype: as in the stack.
 
     Attributes:
         blocks: one block module whose variables are stacked on a leading axis K.
@@ -31,6 +34,7 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
         backprop: str = "reversible",
         has_aux: bool = False,
+        dtype: Any = None,
     ):
         if depth < 1:
             raise ValueError(f"depth is {depth}, expected at least one block")
@@ -41,6 +45,16 @@ class Stack(nnx.Module):
         self.backprop = backprop
         self.has_aux = has_aux
         self.deterministic = False
+        self.dtype = dtype
+
+    @property
+    def dtype(self) -> Any:
+        """What the blocks compute in; None if they decide."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: Any) -> None:
+        self._dtype = check_dtype(dtype)
 
     def out_features(self, width: int) -> int:
         """The last axis of what the stack returns for x [B, ..., width]."""
@@ -50,8 +64,10 @@ class Stack(nnx.Module):
         """The blocks as pure functions, one for each `call(block, x, *consts)`.
 
         In training mode every random stream inside the blocks gets new keys from the stream
-        "dropout" of rngs, one a block, and others in each function but the first.
+        "dropout" of rngs, one a block, and others in each function but the first. With `dtype`
+        they cast parameters, x and consts; state and keys stay as they are.
         """
+        dtype = self.dtype
         graphdef, weights, keys, counts, state = nnx.split(
             self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
         )
@@ -64,9 +80,11 @@ class Stack(nnx.Module):
                 weights, keys, *rest = params_k
                 if index:  # streams start anew in every function
                     keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), keys)
+                weights, x, consts = cast_floats((weights, x, consts), dtype)
                 block = nnx.merge(graphdef, weights, keys, *rest)
                 out = call(block, x, *consts)
                 h, aux = out if self.has_aux else (out, None)
+                aux = cast_floats(aux, None if dtype is None else jnp.float32)
                 new_state = nnx.split(block, nnx.Param, nnx.RngState, ...)[3] if has_state else None
                 return h, (aux, jax.lax.stop_gradient(new_state))
 

@@ -61,8 +61,8 @@ class Config:
     default), train_split and eval_split TFDS splits. init_from is a Hugging Face folder to start
     from, "" for random parameters; its architecture then takes the place of the config's. lora
     trains adapters only. stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma|
-    in training, 0 for the plain transformer; quantize=False keeps floating-point states; guard_bits=-1
-    takes the number that an audit before the first step asks for (`train.guard_bits`); by_branch,
+    in training, 0 for the plain transformer; quantize=False keeps floating-point states;
+    guard_bits=-1 takes what an audit before the first step asks for; by_branch,
     batch_chunks and token_chunks make the backward pass of a block smaller (`BDIAStack`). optimizer
     is "set_adam" or "adamw"; schedule, after warmup_steps, "constant", "linear" or "cosine".
     """
@@ -208,6 +208,11 @@ class Config:
         values = config.to_dict()
         model = dict(values["model"])
         if values["init_from"]:
+            if model["name"] in ("resnet", "transformer"):
+                raise ValueError(
+                    f"init_from={values['init_from']!r} with model {model['name']!r}: only a ViT "
+                    "and a language model start from a checkpoint; set init_from=''"
+                )
             kept = {field: model[field] for field in ("dropout_rate", "dtype") if field in model}
             model = {"name": "pretrained", **kept}
         if model["name"] not in _MODELS:

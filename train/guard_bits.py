@@ -37,9 +37,8 @@ def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, An
         ValueError: no number of guard bits is enough for a stack.
     """
     inputs = stack_inputs(config, task, model)
-    stacks = {path: stack for path, stack in nnx.iter_modules(model) if path in inputs}
     audits = {}
-    for path, stack in stacks.items():
+    for path, stack in _stacks(model).items():
         x, consts = _some_examples(inputs[path], stack, config.batch_chunks)
         stack.train()
         stack.batch_chunks = 1
@@ -73,14 +72,18 @@ def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.
         batch = jax.tree.map(lambda array: array[index], examples)
         copy = nnx.merge(graphdef, state)
         copy.train()
-        stacks = [each for _, each in nnx.iter_modules(copy) if isinstance(each, BDIAStack)]
-        for stack in stacks:
+        stacks = _stacks(copy)
+        for stack in stacks.values():
             stack.__class__ = _Recorded
         task.metrics(copy, task.prepare(prepare_key, batch), nnx.Rngs(model_key))
-        return [stack.inputs for stack in stacks]
+        return [stack.inputs for stack in stacks.values()]
 
-    paths = [path for path, each in nnx.iter_modules(model) if isinstance(each, BDIAStack)]
-    return dict(zip(paths, record(state, examples), strict=True))
+    return dict(zip(_stacks(model), record(state, examples), strict=True))
+
+
+def _stacks(model: Any) -> dict[Any, Any]:
+    """Path -> stack."""
+    return {path: each for path, each in nnx.iter_modules(model) if isinstance(each, BDIAStack)}
 
 
 class _Recorded(BDIAStack):

@@ -70,11 +70,11 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             return finished
     task = load_task(config)
     program = make_program(config, task)
-    lowered = lower_steps(program, task)
     pretrained = read_params(config, program.abstract)
+    lowered = lower_steps(program, task)
     path = open_workdir(workdir, config)  # only now: bad data or sizes leave no folder behind
     if config.init_from:
-        keep_description(config.init_from, path)
+        keep_description(config, path)
     if isinstance(task.tokenizer, Bpe):
         task.tokenizer.save(path / "tokenizer.json")
     fingerprint = _check_same_data(path, task)

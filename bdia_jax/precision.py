@@ -1,0 +1,42 @@
+"""A stack's `dtype`: what its blocks compute in, beside float32 parameters and states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_dtype(dtype: Any) -> Any:
+    """dtype as a jnp.dtype, or None.
+
+    Raises:
+        ValueError: it is no float type.
+    """
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise ValueError(
+            f"dtype is {dtype!r}, expected a float type such as jnp.bfloat16, or None to leave it "
+            "to the block"
+        )
+    return known
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """The pytree with its float arrays in dtype; None leaves all as they are.
+
+    Integers, booleans and PRNG keys are never cast. Gradients come back in the dtype the arrays
+    had, for the derivative of a cast is a cast.
+    """
+    if dtype is None:
+        return tree
+
+    def cast(leaf):
+        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf, dtype) if is_float else leaf
+
+    return jax.tree.map(cast, tree)
