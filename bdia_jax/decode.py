@@ -177,6 +177,7 @@ def forbid_ngrams(n: int, prompt: jax.Array, prompt_lengths: jax.Array | None = 
     Args:
         n: at least one.
         prompt: int32 [B, T0], what the sequences continue; on the left of a shorter one is padding.
+            With T0 = 0 only what is new counts.
         prompt_lengths: int32 [B], tokens of each that are not padding.
     """
     batch_size, prompt_len = prompt.shape
@@ -188,6 +189,8 @@ def forbid_ngrams(n: int, prompt: jax.Array, prompt_lengths: jax.Array | None = 
         beam_size = tokens.shape[1]
         before = jnp.broadcast_to(prompt[:, None], (batch_size, beam_size, prompt_len))
         text = jnp.concatenate([before, tokens], axis=-1)
+        if text.shape[-1] < n:
+            return log_probs
         length = prompt_len + index
         # the n - 1 tokens at the end, against those at every place
         first = jnp.arange(text.shape[-1] - n + 1)

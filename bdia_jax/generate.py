@@ -176,6 +176,7 @@ def generate_beam(
     beam_size: int,
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
+    ngrams_of_prompt: bool = True,
     end_token: int,
     early_stopping: bool | str = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +185,7 @@ def generate_beam(
     `beam_search` says what is searched. The arguments mean what they mean for Hugging Face's
     `generate`, whose tokens and scores these are; only that padding of a prompt is no part of
     any n-gram here. The network is as in `generate`. Compiled once for each shape, num_tokens,
-    beam_size, no_repeat_ngram, end_token and early_stopping.
+    beam_size, no_repeat_ngram, ngrams_of_prompt, end_token and early_stopping.
 
     Args:
         model, prompt, num_tokens, prompt_lengths: as in `generate`.
@@ -192,6 +193,7 @@ def generate_beam(
         length_penalty: alpha; the score of n tokens is their log-probability / n^alpha. LoRA's
             recipe for E2E NLG has 0.9, a beam of 10 and no_repeat_ngram 4.
         no_repeat_ngram: n > 0: no n tokens in a row that prompt and continuation had before.
+        ngrams_of_prompt: False: that the continuation alone had before, as in LoRA's programs.
         end_token: ends a continuation, and fills what is behind it. None of the vocabulary: no end.
         early_stopping: as in `beam_search`.
 
@@ -203,7 +205,8 @@ def generate_beam(
         raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}, expected 0 for none, or more")
     graphdef, state = nnx.split(model)
     arrays = (prompt, prompt_lengths, length_penalty)
-    options = (num_tokens, beam_size, no_repeat_ngram, end_token, early_stopping)
+    ngrams = (no_repeat_ngram, ngrams_of_prompt)
+    options = (num_tokens, beam_size, ngrams, end_token, early_stopping)
     tokens, scores = _generate_beam(graphdef, state, *arrays, *options)
     return tokens[:, 0], scores[:, 0]
 
@@ -211,7 +214,7 @@ def generate_beam(
 @partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
 def _generate_beam(
     graphdef, state, prompt, lengths, length_penalty,
-    num_tokens, beam_size, ngram_size, end_token, early_stopping,
+    num_tokens, beam_size, ngrams, end_token, early_stopping,
 ):  # fmt: skip
     model = nnx.merge(graphdef, state)
     model.eval()
@@ -233,8 +236,17 @@ def _generate_beam(
         step, cache, len(prompt), num_tokens,
         beam_size=beam_size, length_penalty=length_power(length_penalty),
         bos=prompt[:, -1], eos=end_token, pad=end_token, early_stopping=early_stopping,
-        constrain=forbid_ngrams(ngram_size, prompt, lengths) if ngram_size else None,
+        constrain=_constrain(ngrams, prompt, lengths),
     )  # fmt: skip
+
+
+def _constrain(ngrams: tuple[int, bool], prompt: jax.Array, lengths: jax.Array | None):
+    ngram_size, of_prompt = ngrams
+    if not ngram_size:
+        return None
+    if not of_prompt:
+        prompt, lengths = prompt[:, :0], None
+    return forbid_ngrams(ngram_size, prompt, lengths)
 
 
 def _of_rows(cache: PyTree, rows: jax.Array) -> PyTree:

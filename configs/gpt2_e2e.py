@@ -8,9 +8,11 @@ checkpoint's config.json and model.safetensors. The paper compares full fine-tun
 medium, plain and with BDIA, and LoRA of rank 4. The recipe is LoRA's for this task (arXiv
 2106.09685, App. D): AdamW, 2e-4 after 500 steps of warmup, linearly to 0; weight decay 0.01, batch
 8, 5 epochs, label smoothing 0.1, dropout 0.1: of the adapters, or else of GPT-2. A beam of 10,
-length penalty 0.9, and no four tokens twice. Full fine-tuning has the same here. The report has
-BLEU, NIST, ROUGE-L, CIDEr as the challenge's script measures them, METEOR where Java and
-pycocoevalcap are installed, and the loss on the test split, where it is without smoothing.
+length penalty 0.9, and no four tokens twice. Full fine-tuning has the same here, the learning rate
+too: alpha / rank = 8 makes that of LoRA's product eight times as high. `lora_bdia` is LoRA under
+BDIA, which the paper has not. The report has BLEU, NIST, ROUGE-L, CIDEr as the challenge's script
+measures them, METEOR where Java and pycocoevalcap are installed, and the loss on the test split,
+where it is without smoothing.
 
 The data: `python -m train.prepare e2e --from e2e-dataset.zip`. All of it fits into 160 tokens.
 

@@ -158,7 +158,8 @@ def test_every_meaning_is_said_once_and_scored_against_all_its_references(
     assert final["rouge_l"][0] == pytest.approx(100) and final["rouge_l"][1] < 50
     # three prompts in batches of two; 12 tokens of the longest, and 12 more make 24
     call = {"shape": (2, 12), "num_tokens": 12, "beam_size": 2}
-    assert speak == [call | {"length_penalty": 0.9, "no_repeat_ngram": 0}] * 4
+    call |= {"length_penalty": 0.9, "no_repeat_ngram": 0, "ngrams_of_prompt": False}
+    assert speak == [call] * 4
     written = (tmp_path / "generations.txt").read_text("utf-8").split("\n\n")
     assert written[0] == "meaning: a[d]\npeople:  It is d, I say. / d it is.\nours:    d it is."
     assert written[1].endswith("ours:    bd e it is") and len(written) == 3

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from toy_models import filled
 
+from bdia_jax.decode import forbid_ngrams
 from bdia_jax.generate import generate, generate_beam
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.llama import Llama
@@ -102,20 +103,21 @@ def every_sequence(vocab_size, end, length):
     return sorted(found)
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_a_full_beam_finds_the_best_of_all_sequences(n):
+@pytest.mark.parametrize(("n", "of_prompt"), [(0, True), (2, True), (1, False)])
+def test_a_full_beam_finds_the_best_of_all_sequences(n, of_prompt):
     model, prompt, end = small_gpt2(vocab_size=5), [2, 0, 2], 4
     every = every_sequence(5, end, 3)
     assert len(every) == 1 + 4 + 16 * 5
     real = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in every]
-    allowed = [not n or not repeats([*prompt, *tokens], n) for tokens in real]
+    before = prompt if of_prompt else []  # whose n-grams count
+    allowed = [not n or not repeats([*before, *tokens], n) for tokens in real]
     assert sum(allowed) > 0 and (sum(allowed) < len(every)) == (n > 0)
     found = []
     for alpha in (0.0, 0.9, 4.0):
         scores = np.where(allowed, score(model, prompt, np.array(every), end, alpha), -np.inf)
         tokens, its_score = generate_beam(
             model, jnp.array([prompt]), 3, beam_size=25, length_penalty=alpha, no_repeat_ngram=n,
-            end_token=end, early_stopping="never",
+            ngrams_of_prompt=of_prompt, end_token=end, early_stopping="never",
         )  # fmt: skip
         assert tuple(tokens[0].tolist()) == every[np.argmax(scores)]
         np.testing.assert_allclose(its_score[0], scores.max(), atol=1e-4)
@@ -156,6 +158,13 @@ def test_tokens_and_scores_are_those_of_transformers(early_stopping, tmp_path):
         np.testing.assert_allclose(scores, expected.sequences_scores.numpy(), atol=1e-4)
         lengths_found |= set(np.sum(theirs_new != END, axis=1).tolist())
     assert len(lengths_found) > 2
+
+
+def test_fewer_tokens_than_an_ngram_may_be_any():
+    log_probs, tokens = jnp.zeros((1, 2, 5)), jnp.zeros((1, 2, 2), jnp.int32)
+    for n, allowed in ((4, True), (1, False)):
+        constrain = forbid_ngrams(n, jnp.zeros((1, 0), jnp.int32))
+        assert bool(jnp.all(constrain(log_probs, tokens, 1) == log_probs)) == allowed
 
 
 def test_generate_beam_refuses():

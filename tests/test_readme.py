@@ -227,3 +227,17 @@ def test_drift_row(label, numerics):
     drift = "over 63" if None in drifts else f"{max(drifts):.2g}"
     row = f"| {label} | {drift} | {cells[0]} | {cells[1]} |"
     assert row in README, row
+
+
+def test_mixed_precision_sentence():
+    results = result("mixed_precision")["results"]
+    losses = [
+        "{mean:.4f} ± {std:.4f}".format(**results["compared"][name]["train_loss"])
+        for name in ("float32", "model_bfloat16", "stack_bfloat16")
+    ]
+    text = README.replace("\n", " ")
+    assert "{} in float32, {} with the model's dtype, {} with the stack's".format(*losses) in text
+    for run in results["runs"].values():
+        audit = run["audit"]
+        assert f"{audit['mismatches']:,} of {audit['elements']:,} rebuilt elements" in text
+        assert audit["suggested_guard_bits"] == 0

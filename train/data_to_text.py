@@ -73,6 +73,7 @@ def load(config: Config) -> Task:
                 beam_size=options.beam_size,
                 length_penalty=options.length_penalty,
                 no_repeat_ngram=options.no_repeat_ngram,
+                ngrams_of_prompt=False,  # as LoRA's programs: a name may be said again
                 end_token=tokenizer.end_of_text,
             )[0]
             for first in range(0, len(rows), size)

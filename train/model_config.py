@@ -68,7 +68,7 @@ class PretrainedConfig:
 class LoRAConfig:
     """Adapters of query and value projections (`bdia_jax.lora`); rank 0 for none.
 
-    Only they are trained then, all else is frozen.
+    Only they are trained then, and the head of an image classifier; all else is frozen.
     """
 
     rank: int

@@ -32,11 +32,12 @@ def read_params(config: Config, model: Any) -> Any:
     return nnx.to_pure_dict(interop.read_params(config.init_from, model, keep))
 
 
-def keep_description(init_from: str, workdir: Path) -> None:
+def keep_description(config: Config, workdir: Path) -> None:
     """Copies config.json and tokenizer into the workdir, to open the run without the folder."""
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    for name in _KEPT:
-        source = Path(init_from) / name
+    own_tokenizer = getattr(config.input, "tokenizer", "") == "bytes"  # and not the checkpoint's
+    for name in _KEPT[:1] if own_tokenizer else _KEPT:
+        source = Path(config.init_from) / name
         if source.exists() and not (folder / name).exists():
             shutil.copyfile(source, folder / name)

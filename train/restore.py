@@ -61,14 +61,14 @@ def open_run(folder: str | Path, data_dir: str = "") -> Run:
         has_tokenizer = (path / "tokenizer.json").exists()
         return Run(model, open_tokenizer("checkpoint", path) if has_tokenizer else None, None)
     config = read_config(path)
+    if not (path / "checkpoints").exists():
+        raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
     if data_dir:
         config = dataclasses.replace(config, data_dir=data_dir)
     if config.init_from:
         config = dataclasses.replace(config, init_from=str(path / FOLDER))
     tokenizer = _tokenizer(path, config)
     training = Training(config, _make_model(config, tokenizer))
-    if not (path / "checkpoints").exists():
-        raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore(training.init)
     model = training.models(state)[0]

@@ -11,6 +11,7 @@ from flax import nnx
 from bdia_jax import lora
 from bdia_jax.nnx import stacked_params
 from train.config import Config
+from train.inputs import ImageInput
 from train.optimizer import make_optimizer
 
 # "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
@@ -33,7 +34,7 @@ class Training:
 
     def __init__(self, config: Config, make_model: Callable[[nnx.Rngs], nnx.Module]):
         self._config = config
-        self._trained = nnx.LoRAParam if config.lora.rank else nnx.Param
+        self._trained = _trained(config)
         self.abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._make_model = make_model
         model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
@@ -104,6 +105,15 @@ class Training:
             model, self._trained, nnx.Param, nnx.RngState, ...
         )
         return graphdef, params, frozen, stats, rng_state
+
+
+def _trained(config: Config) -> Any:
+    """Which parameters are: all, or adapters and a head for what may be new classes."""
+    if not config.lora.rank:
+        return nnx.Param
+    if isinstance(config.input, ImageInput):
+        return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
+    return nnx.LoRAParam
 
 
 def weights(state: State) -> State:

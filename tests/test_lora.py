@@ -1,0 +1,294 @@
+"""LoRA: the function before, with and after adapters; reversible stacks; what gets gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, keep_mask, relative_error
+from toy_models import filled
+
+from bdia_jax import lora
+from bdia_jax.lora import LoRALinear, Target
+from bdia_jax.models.gpt2 import GPT2
+from bdia_jax.models.llama import Llama
+from bdia_jax.models.vit import ViT
+from bdia_jax.nnx import BDIAStack
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
+PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
+SMALL = {"vocab_size": 23, "max_len": 8, "width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24}
+TOKENS = jax.random.randint(jax.random.key(0), (4, 6), 0, 23)
+
+
+def small_gpt2(stack=BDIAStack, **options):
+    return filled(lambda: GPT2(**(SMALL | options), stack=stack, rngs=nnx.Rngs(0)))
+
+
+def small_llama(stack=PLAIN):
+    shared_heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    return filled(lambda: Llama(**(SMALL | shared_heads), stack=stack, rngs=nnx.Rngs(0)))
+
+
+def add(model, trained=True, **options):
+    """Adapters of rank 2; trained: with a B as large as A."""
+    options = {"rank": 2, "alpha": 3.0, "rngs": nnx.Rngs(5)} | options
+    lora.add(model, lora.query_and_value(model), **options)
+    if trained:
+        train(model)
+    return model
+
+
+def train(module):
+    generator = np.random.default_rng(1)
+    for path, variable in nnx.state(module, nnx.LoRAParam).flat_state():
+        if "lora_b" in path:
+            variable[...] = jnp.asarray(generator.normal(0, 0.3, variable.shape), jnp.float32)
+            nnx.update(module, nnx.State.from_flat_path({path: variable}))
+
+
+@nnx.jit
+def run(model, tokens):
+    model.eval()
+    return model(tokens)
+
+
+# --- the function --------------------------------------------------------------------
+
+
+def test_adding_leaves_the_function_and_merging_gives_the_plain_model_back():
+    model = small_llama()
+    before = run(model, TOKENS)
+    graphdef, params = nnx.graphdef(model), jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    add(model, trained=False)
+    assert_same_bits(run(model, TOKENS), before)
+    train(model)
+    adapted = run(model, TOKENS)
+    assert relative_error(adapted, before) > 1e-2
+    lora.merge(model)
+    assert nnx.graphdef(model) == graphdef  # parameters, their paths, and modules' types
+    assert relative_error(run(model, TOKENS), adapted) < F32
+    for (path, old), (_, new) in zip(
+        params.flat_state(), nnx.state(model, nnx.Param).flat_state(), strict=True
+    ):
+        changed = bool(jnp.any(old[...] != new[...]))
+        assert changed == (path[-2:] == ("qkv", "kernel")), path
+
+
+SIZES = (6, 4, 5)
+FUSED, WHOLE = Target("", SIZES, (0, 2)), Target("")
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("target", [FUSED, WHOLE])
+def test_an_adapted_layer_is_that_of_w_plus_scaled_a_b(target, lead):
+    make = lambda rngs: nnx.Linear(7, 15, rngs=rngs)  # noqa: E731
+    linear = filled(lambda: nnx.vmap(make)(nnx.Rngs(0).split(3)) if lead else make(nnx.Rngs(0)))
+    plain = np.asarray(linear.kernel[...], np.float64)
+    lora.add(linear, (target,), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+    train(linear)
+    expected = plain.copy()
+    first = 0
+    for part, size in enumerate(target.sizes or (15,)):
+        if part in target.adapted:
+            index = target.adapted.index(part)
+            a, b = (np.asarray(each[index][...]) for each in (linear.lora_a, linear.lora_b))
+            expected[..., first : first + size] += 3.0 / 2 * (a.astype(np.float64) @ b)
+        first += size
+    x = np.random.default_rng(2).normal(size=(*lead, 5, 7)).astype(np.float32)
+    call = jax.vmap(lambda linear, x: linear(x)) if lead else lambda linear, x: linear(x)
+    bias = np.asarray(linear.bias[...])[..., None, :]
+    assert relative_error(call(linear, x), x @ expected + bias) < F32
+    # keys stay to the bit, queries and values do not
+    unchanged = call(linear, x) == call(merged_without_adapters(linear, plain), x)
+    assert np.all(unchanged[..., 6:10]) == (target is FUSED)
+    assert not np.any(np.all(np.delete(unchanged, range(6, 10), -1), -1))
+    lora.merge(linear)
+    assert type(linear) is nnx.Linear
+    np.testing.assert_allclose(linear.kernel[...], expected, rtol=1e-6, atol=1e-6)
+
+
+def merged_without_adapters(linear, kernel):
+    linear = nnx.clone(linear)
+    lora.merge(linear)
+    linear.kernel[...] = jnp.asarray(kernel, jnp.float32)
+    return linear
+
+
+def test_types_of_results_are_those_without_adapter():
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    for options in (
+        {"dtype": jnp.bfloat16},
+        {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32},
+        {},
+        {"param_dtype": jnp.bfloat16},
+    ):
+        linear = nnx.Linear(4, 6, rngs=nnx.Rngs(0), **options)
+        before, kernel = linear(x), linear.kernel[...]
+        lora.add(linear, (WHOLE,), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+        assert_same_bits(linear(x), before)
+        train(linear)
+        assert linear(x).dtype == before.dtype and np.any(linear(x) != before)
+        lora.merge(linear)
+        assert linear.kernel.dtype == kernel.dtype and np.any(linear.kernel[...] != kernel)
+
+
+def test_grouped_queries_and_values():
+    (target,) = lora.query_and_value(nnx.eval_shape(small_llama))
+    assert target == Target(r"^stack\.blocks\.attention\.qkv$", (24, 12, 12), (0, 2))
+    model = add(small_llama())
+    (delta,) = jax.device_get([model.stack.blocks.attention.qkv.delta()])
+    per_output = np.any(delta != 0, axis=(0, 1))
+    np.testing.assert_array_equal(per_output, [True] * 24 + [False] * 12 + [True] * 12)
+
+
+# --- under BDIA ----------------------------------------------------------------------
+
+
+class Block(nnx.Module):
+    """Two branches with all an adapter has to do with, and little to compile."""
+
+    branches, per_token, num_heads = ("f", "g"), ("g",), 2
+
+    def __init__(self, rngs, dtype, width):
+        self.qkv = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(
+            width, width, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
+        )
+
+    def f(self, x):
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return (jnp.tanh(q) * jnp.mean(k, axis=1, keepdims=True) + v).astype(jnp.float32)
+
+    def g(self, x):
+        return jnp.tanh(self.out(x))
+
+    def __call__(self, x):
+        f = self.f(x)
+        return f + self.g(x + f)
+
+
+class Model(nnx.Module):
+    def __init__(self, dtype, width=8, depth=5, **options):
+        make_block = partial(Block, dtype=dtype, width=width)
+        self.stack = BDIAStack(make_block, depth, rngs=nnx.Rngs(0), **options)
+
+
+X = 2 * jax.random.normal(jax.random.key(3), (4, 6, 8))
+
+
+def small_stack(dtype, **options):
+    """With dropout in the adapters: other masks in the backward pass rebuild other states."""
+    return add(filled(lambda: Model(dtype, **options)), dropout_rate=0.5).stack
+
+
+@pytest.fixture
+def quick_masks(monkeypatch):
+    def bernoulli(key, *, p, shape, out_sharding):
+        del out_sharding
+        return keep_mask(key, p, shape)
+
+    monkeypatch.setattr("jax.random.bernoulli", bernoulli)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (jnp.float32, {"by_branch": True, "token_chunks": 2, "batch_chunks": 2}),
+        (jnp.bfloat16, {}),
+    ],
+)
+def test_the_rebuild_with_adapters_is_exact(dtype, options, quick_masks, optimized):
+    report = small_stack(dtype, **options).audit(X, rngs=nnx.Rngs(7))
+    assert report.exact and len(report.mismatches) == 4, report
+
+
+def gradient(seed=7, dtype=jnp.float32, **options):
+    graphdef, adapters, rest = nnx.split(small_stack(dtype, **options), nnx.LoRAParam, ...)
+
+    @jax.jit
+    @jax.grad
+    def of_adapters(adapters, key):
+        stack = nnx.merge(graphdef, adapters, rest)
+        return jnp.mean(jnp.sin(stack(X, rngs=nnx.Rngs(key))))
+
+    return jax.tree.leaves(of_adapters(adapters, jax.random.key(seed)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_chunks": 2, "by_branch": True, "token_chunks": 2}, {"dtype": jnp.bfloat16}],
+)
+def test_reversible_gradients_of_adapters_equal_stored_ones(options, quick_masks):
+    expected = gradient(backprop="store", **options)
+    assert len(expected) == 4
+    tolerance = GRAD_TOLERANCE[jnp.dtype(options.get("dtype", jnp.float32))]
+    assert_grads_close(gradient(**options), expected, tolerance)
+    if "dtype" not in options:  # masks matter
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_grads_close(gradient(seed=8), expected, 0.05)
+
+
+def test_frozen_blocks_cost_no_gradient(optimized):
+    """Bytes of what the compiled gradient holds, beside those of full fine-tuning."""
+    make = lambda: add(Model(jnp.float32, width=64, depth=16), trained=False)  # noqa: E731
+    model = nnx.eval_shape(make)
+
+    def plan(trained):
+        graphdef, params, rest = nnx.split(model, trained, ...)
+
+        def loss(params, rest, x):
+            return jnp.sum(nnx.merge(graphdef, params, rest).stack(x, rngs=nnx.Rngs(0)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, rest, jnp.ones((2, 3, 64))).compile()
+        memory = compiled.memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    block_bytes = 16 * 4 * (64 * 64 * 4 + 4 * 64)
+    assert plan(nnx.Param) > block_bytes
+    assert plan(nnx.LoRAParam) < 0.3 * block_bytes
+
+
+# --- what is refused -----------------------------------------------------------------
+
+
+class OwnLinear(nnx.Linear):
+    pass
+
+
+def test_targets_that_do_not_fit_are_refused():
+    model = small_gpt2()
+    options = {"alpha": 1.0, "rngs": nnx.Rngs(0)}
+    graphdef = nnx.graphdef(model)
+    qkv = r"attention\.qkv"
+    for targets, rank, message in (
+        ((Target(qkv),), 0, "rank is 0, expected at least 1"),
+        ((Target(qkv), Target("query")), 2, r"fits the target 'query'; there are stack\.blocks\."),
+        ((Target(qkv), Target(qkv, (16, 32))), 2, "no linear layer fits"),  # the first has it
+        ((Target(qkv, (16, 16)),), 2, r"qkv has 48 outputs, .*sizes have to add up to them"),
+        ((Target(qkv, (16, 32), (2,)),), 2, "adapted to name parts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora.add(model, targets, rank=rank, **options)
+    assert nnx.graphdef(model) == graphdef  # nothing was added on the way
+    add(model, trained=False)
+    with pytest.raises(ValueError, match=r"attention\.qkv has adapters already; merge the model"):
+        add(model)
+    with pytest.raises(ValueError, match="OwnLinear has no fused qkv projection"):
+        lora.query_and_value(OwnLinear(2, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="no linear layer fits"):  # it has its own __call__
+        lora.add(OwnLinear(2, 2, rngs=nnx.Rngs(0)), (Target(""),), rank=1, **options)
+
+
+def test_a_vit_has_queries_and_values_too():
+    model = nnx.eval_shape(
+        lambda: ViT((4, 4, 3), 2, patch_size=2, width=8, depth=2, num_heads=2, mlp_dim=8,
+                    rngs=nnx.Rngs(0))
+    )  # fmt: skip
+    assert [target.sizes for target in lora.query_and_value(model)] == [(8, 8, 8)]
+    model = nnx.eval_shape(lambda: add(nnx.merge(*nnx.split(model)), trained=False))
+    assert isinstance(model.stack.blocks.attention.qkv, LoRALinear)
