@@ -1,5 +1,6 @@
 """Several CPU devices, so that sharded equals unsharded can be tested; `gpu` tests need a GPU."""
 
+import contextlib
 import os
 import sys
 
@@ -15,6 +16,14 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 settings.register_profile("bdia", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bdia")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one worker: its fixtures are made, and its functions compiled, once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
@@ -41,33 +50,48 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("tfds"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
+    """A program compiled once is loaded where it is needed again, by the other worker too."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "compiled"
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    return str(folder)
+
+
+@contextlib.contextmanager
+def _optimizations(on: bool):
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", not on)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
 def unoptimized():
     """Programs that compile in half the time, for a test that is not about them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _optimizations(False):
+        yield
 
 
 @pytest.fixture(scope="module")  # and no longer: exactness is tested in optimized programs
-def quick_compile(compile_cache):
-    """Unoptimized programs, kept for who needs them again: compiling is what tiny runs cost."""
-    changed = {
-        "jax_compilation_cache_dir": compile_cache,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in changed}
-    for name, value in changed.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def quick_compile():
+    """`unoptimized` for all tests of a module, and for its fixtures of this scope."""
+    with _optimizations(False):
+        yield
+
+
+@pytest.fixture
+def optimized(request):
+    """In such a module, for a test of exactness. Only what it jits itself is compiled anew."""
+    if "quick_compile" in request.fixturenames:
+        request.getfixturevalue("quick_compile")
+    with _optimizations(True):
+        yield

@@ -10,6 +10,7 @@ from toy import assert_grads_close, assert_same_bits, relative_error
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack, stacked_params
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 # rebuilt inexactly by nature: gradients agree for shallow stacks (see test_float_scan.py)
 SHALLOW = 1e-3
 X = jax.random.normal(jax.random.key(3), (4, 5, 13))
@@ -165,7 +166,7 @@ def test_float_bdia_at_inference_is_differentiated_by_store():
 # --- drift, and the rest -------------------------------------------------------------
 
 
-def test_rebuild_errors_of_the_stacks():
+def test_rebuild_errors_of_the_stacks(optimized):
     errors = {s: np.asarray(make(s, depth=24).rebuild_errors(X)) for s in STACKS}
     assert all(e.shape == (24,) for e in errors.values())
     assert errors[FloatBDIAStack][0] > 100 * errors[FloatBDIAStack][12] > 0

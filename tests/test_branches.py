@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
+from toy import (
+    GRAD_TOLERANCE,
+    assert_grads_close,
+    assert_same_bits,
+    keep_mask,
+    relative_error,
+)
 
 import bdia_jax as bdia
 from bdia_jax import FixedPoint, bdia_scan
@@ -27,7 +33,7 @@ def mix(params, x, shared, own):
 def per_token(params, x, shared, own):
     del own
     hidden = jnp.tanh(x @ params["in"]) * shared[0]
-    keep = jax.random.bernoulli(params["key"], 0.8, hidden.shape)
+    keep = keep_mask(params["key"], 0.8, hidden.shape)
     return jnp.where(keep, hidden, 0.0) @ params["out"]
 
 
@@ -119,7 +125,7 @@ def _perturbed_fwd(w, x):
 _perturbed.defvjp(_perturbed_fwd, lambda res, ct: (jnp.zeros_like(res[0]), jnp.zeros_like(res[1])))
 
 
-def test_without_dropout_a_way_changes_nothing_but_rounding():
+def test_without_dropout_a_way_changes_nothing_but_rounding(unoptimized):
     params, x0, gamma, *consts = case()
     params.pop("key")
 
@@ -144,7 +150,7 @@ def test_without_dropout_a_way_changes_nothing_but_rounding():
         assert_grads_close(run(block_fn, **options), expected, 1e-3)
 
 
-def test_parts_draw_masks_of_their_own_from_typed_keys():
+def test_parts_draw_masks_of_their_own_from_typed_keys(unoptimized):
     def noise(params, x):
         key = params["key"]
         return jax.random.uniform(key, x.shape)
@@ -164,7 +170,7 @@ def test_parts_draw_masks_of_their_own_from_typed_keys():
     assert_same_bits(x[::2], x[1::2])
 
 
-def test_keys_in_consts_are_folded_too_and_those_of_samples_cut():
+def test_keys_in_consts_are_folded_too_and_those_of_samples_cut(unoptimized):
     def noise(params, x, key, keys):
         own = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))(keys)
         return jax.random.uniform(key, x.shape) + 10 * own
@@ -176,7 +182,7 @@ def test_keys_in_consts_are_folded_too_and_those_of_samples_cut():
     assert np.all(jnp.abs(x - whole) < 2.01)  # the samples' own draws are the same
 
 
-def test_aux_of_branches_is_a_tuple():
+def test_aux_of_branches_is_a_tuple(unoptimized):
     def branch(power):
         def f(params, x):
             h = jnp.tanh(x * params["w"]) ** power
@@ -216,22 +222,24 @@ def test_parts_with_one_gamma_for_all_bfloat16_input_and_a_nan():
     assert np.all(np.isnan(x[0]).any()) and np.all(np.isfinite(x[1:]))
 
 
-def test_a_nan_stays_in_its_sample_by_branch():
+def test_a_nan_stays_in_its_sample_by_branch(unoptimized):
     _, x0, gamma, *_ = case()
     bad = x0.at[0].set(jnp.nan)
     f = lambda w, x: jnp.tanh(x * w)  # noqa: E731
-    grad = jax.grad(lambda x0: jnp.sum(bdia_scan((f, f), jnp.ones(DEPTH), x0, gamma)))(bad)
+    loss = lambda x0: jnp.sum(bdia_scan((f, f), jnp.ones(DEPTH), x0, gamma))  # noqa: E731
+    grad = jax.jit(jax.grad(loss))(bad)
     assert np.all(np.isfinite(grad[1:]))
 
 
-def test_seeds_side_by_side_in_parts():
+def test_seeds_side_by_side_in_parts(unoptimized):
     params, x0, gamma, *consts = case()
 
     def loss(x0):
         return jnp.sum(bdia_scan(whole, params, x0, gamma, *consts, batch_chunks=2) ** 2)
 
     both = jnp.stack([x0, 2 * x0])
-    expected = jnp.stack([jax.grad(loss)(x) for x in both])
+    alone = jax.jit(jax.grad(loss))
+    expected = jnp.stack([alone(x) for x in both])
     assert_grads_close(jax.jit(jax.vmap(jax.grad(loss)))(both), expected, 1e-4)
 
 
@@ -321,7 +329,7 @@ def test_each_way_holds_less():
     assert temp_bytes(branches, backprop="remat") > sizes["whole"]
 
 
-def test_a_branch_may_bring_its_own_checkpoint_policy():
+def test_a_branch_may_bring_its_own_checkpoint_policy(unoptimized):
     # that it also saves memory shows on a GPU: on a CPU XLA merges the two evaluations again
     policy = jax.checkpoint_policies.nothing_saveable
     own = jax.checkpoint(wide_mlp, policy=policy)
@@ -393,7 +401,7 @@ def aux_block(params, x):
         ({"batch_chunks": 2, "has_aux": True, "block_fn": aux_block}, "aux .*set both to 1"),
     ],
 )
-def test_refused(options, message):
+def test_refused(options, message, unoptimized):
     options = {"block_fn": lambda params, x: x} | options
     _, x0, gamma, *_ = case()
     with pytest.raises(ValueError, match=message):
@@ -402,7 +410,7 @@ def test_refused(options, message):
 
 @pytest.mark.parametrize("batch_chunks", [2, 4])
 @pytest.mark.parametrize("use", ["broadcast", "look up"])
-def test_a_const_whose_axis_is_the_batch_by_chance_is_refused(batch_chunks, use):
+def test_a_const_whose_axis_is_the_batch_by_chance_is_refused(batch_chunks, use, unoptimized):
     _, x0, gamma, _, own = case()
     x0 = x0[:, :B]  # B tokens
     positions = jnp.arange(B * D, dtype=jnp.float32).reshape(B, D)  # [T, D], T = B

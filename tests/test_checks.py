@@ -11,6 +11,7 @@ from toy import make_case, tanh_block
 
 from bdia_jax import FixedPoint, bdia_scan
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PARAMS, X0, GAMMA = make_case(3, (4, 5))
 
 

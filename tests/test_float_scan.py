@@ -16,6 +16,7 @@ from bdia_jax.float_scan import (
     two_stream,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 # The states are rebuilt inexactly by nature, so gradients agree for shallow stacks only:
 # `test_gradients_are_lost_in_a_deep_stack` is the other side of it.
 SHALLOW = 1e-3
@@ -250,7 +251,7 @@ def errors_of(scheme, depth=24):
     )  # fmt: skip
 
 
-def test_float_bdia_drifts_and_fixed_point_does_not():
+def test_float_bdia_drifts_and_fixed_point_does_not(optimized):
     errors = errors_of("float_bdia")
     assert errors.shape == (24,) and errors[-1] == 0
     assert np.all(errors[:-1] > 0)
@@ -263,7 +264,7 @@ def test_float_bdia_drifts_and_fixed_point_does_not():
 
 
 @pytest.mark.parametrize("scheme", ["midpoint", "two_stream"])
-def test_the_others_drift_less_but_do(scheme):
+def test_the_others_drift_less_but_do(scheme, optimized):
     errors = errors_of(scheme)
     assert np.sum(errors > 0) > 20
     assert errors.max() < 1e-3 < errors_of("float_bdia").max()

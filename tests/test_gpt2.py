@@ -11,6 +11,7 @@ from toy_models import filled
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
 SMALL = {"vocab_size": 23, "max_len": 8, "width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24}
@@ -170,7 +171,7 @@ class Drifting(nnx.Module):
         return drifting(self.block(x, mask))
 
 
-def test_the_rebuild_is_exact_and_the_audit_would_see_if_not():
+def test_the_rebuild_is_exact_and_the_audit_would_see_if_not(optimized):
     model = small_gpt2(depth=5)
     x = model.embedding[...][TOKENS]
     assert model.stack.audit(x, None).exact

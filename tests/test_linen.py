@@ -9,6 +9,7 @@ import bdia_jax
 from bdia_jax import FixedPoint
 from bdia_jax.linen import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 X = 2 * jax.random.normal(jax.random.key(3), (4, 5, 13))
 
@@ -94,7 +95,7 @@ def test_consts_reach_the_blocks():
     assert relative_error(jax.tree.leaves(masked)[1], jax.tree.leaves(full)[1]) > 0.1
 
 
-def test_the_masks_are_the_same_in_the_rebuild():
+def test_the_masks_are_the_same_in_the_rebuild(optimized):
     # the stack's block as bdia_scan sees it: one key a block
     variables = init(BDIAStack(Dropout(), depth=9))
     keys = jax.random.split(jax.random.key(5), 9)
@@ -163,7 +164,7 @@ def test_deterministic_may_be_an_attribute_and_must_be_given():
         BDIAStack(Dense(), depth=3).apply(variables, X)
 
 
-def test_inference_is_the_same_bits_for_every_backprop():
+def test_inference_is_the_same_bits_for_every_backprop(optimized):
     stacks = [BDIAStack(Dense(), depth=5, backprop=b) for b in ("reversible", "store", "remat")]
     variables = init(stacks[0])
     out = [jax.jit(lambda v, s=s: s.apply(v, X, deterministic=True))(variables) for s in stacks]

@@ -15,9 +15,11 @@ from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.vit import ViT
 from bdia_jax.nnx import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
 IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+TOKENS = jax.random.normal(jax.random.key(2), (3, 5, 16))
 PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
 SMALL = {"image_shape": (8, 8, 3), "width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24}
 
@@ -171,17 +173,22 @@ def test_quantized_inference_is_close_to_unquantized():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_it_trains_reversibly_and_exactly(dtype):
+def test_it_trains_reversibly(dtype):
     def gradient(backprop):
         model = small_vit(stack=partial(BDIAStack, backprop=backprop), dtype=dtype)
         loss = lambda m: jnp.sum(jnp.sin(m(IMAGES, rngs=nnx.Rngs(1))))  # noqa: E731
         return jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
 
     assert_grads_close(gradient("reversible"), gradient("store"), GRAD_TOLERANCE[jnp.dtype(dtype)])
-    tokens = jax.random.normal(jax.random.key(2), (3, 5, 16))
-    fp = FixedPoint(guard_bits=1 if dtype == jnp.float32 else 5)
-    stack = partial(BDIAStack, fixed_point=fp)
-    assert small_vit(dtype=dtype, stack=stack, depth=9).stack.audit(tokens).exact
+
+
+@pytest.mark.parametrize(
+    "dtype, guard_bits, dropout_rate", [(jnp.float32, 1, 0.1), (jnp.bfloat16, 5, 0.0)]
+)
+def test_its_blocks_are_rebuilt_exactly(dtype, guard_bits, dropout_rate, optimized):
+    stack = partial(BDIAStack, fixed_point=FixedPoint(guard_bits=guard_bits))
+    model = small_vit(dtype=dtype, stack=stack, depth=9, dropout_rate=dropout_rate)
+    assert model.stack.audit(TOKENS).exact
 
 
 @pytest.mark.parametrize("stack, features", [(RevStack, 32), (MidpointStack, 16)])
@@ -248,18 +255,22 @@ def test_linformer_costs_no_tokens_by_tokens_array():
     assert has_square(Attention(8, 2, rngs=nnx.Rngs(0)))
 
 
-def test_a_linformer_vit_trains_reversibly_and_exactly():
+def linformer_vit(**options):
     attention = partial(LinformerAttention, num_tokens=5, projected=3)
-    linformer_vit = partial(small_vit, attention=attention, dropout_rate=0.0)
+    return small_vit(attention=attention, dropout_rate=0.0, **options)
 
+
+def test_a_linformer_vit_trains_reversibly():
     def gradient(backprop):
         model = linformer_vit(stack=partial(BDIAStack, backprop=backprop))
         loss = lambda m: jnp.sum(jnp.sin(m(IMAGES, rngs=nnx.Rngs(1))))  # noqa: E731
         return jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
 
     assert_grads_close(gradient("reversible"), gradient("store"), F32)
-    tokens = jax.random.normal(jax.random.key(2), (3, 5, 16))
-    assert linformer_vit(depth=9).stack.audit(tokens).exact
+
+
+def test_the_blocks_of_a_linformer_vit_are_rebuilt_exactly(optimized):
+    assert linformer_vit(depth=9).stack.audit(TOKENS).exact
 
 
 def test_linformer_refuses_other_lengths_and_masks():

@@ -8,6 +8,7 @@ from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_e
 from bdia_jax import FixedPoint
 from bdia_jax.nnx import BDIAStack, stacked_params
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 X = 2 * jax.random.normal(jax.random.key(3), (4, 5, 13))
 
@@ -79,7 +80,7 @@ def masks(stack, rngs=None):
 
 
 @pytest.mark.parametrize("block", [Dense, Dropout, Norm])
-def test_reversible_and_remat_equal_store(block):
+def test_reversible_and_remat_equal_store(block, optimized):
     stacks = {b: make(block, backprop=b) for b in ("store", "reversible", "remat")}
     value, expected = gradient(stacks["store"])
     for backprop in ("reversible", "remat"):
@@ -99,13 +100,13 @@ def drop_smallest(actual, expected):
 
 
 @pytest.mark.parametrize("block", [Dense, Dropout, Norm])
-def test_the_audit_of_a_stack_is_exact(block):
+def test_the_audit_of_a_stack_is_exact(block, optimized):
     stack = make(block, depth=9)
     audit = stack.audit(X)
     assert audit.exact and len(audit.mismatches) == 8, audit
 
 
-def test_the_audit_of_a_stack_in_parts_is_exact():
+def test_the_audit_of_a_stack_in_parts_is_exact(optimized):
     audit = make(Dropout, depth=9, batch_chunks=2).audit(X)
     assert audit.exact and audit.elements == X.size and len(audit.mismatches) == 8, audit
 
@@ -219,7 +220,7 @@ def test_train_and_eval_of_an_enclosing_module_switch_the_stack():
     assert np.any(model.stack(X) != model.stack(X))
 
 
-def test_eval_is_the_same_bits_for_every_backprop():
+def test_eval_is_the_same_bits_for_every_backprop(optimized):
     outputs = []
     for backprop in ("reversible", "store", "remat"):
         stack = make(Dropout, backprop=backprop)
@@ -274,7 +275,7 @@ def test_inference_gamma_is_the_constant_of_eq_10(gamma):
     np.testing.assert_allclose(exact, loop(X), atol=2e-5)
 
 
-def test_inference_gamma_is_the_same_bits_for_every_backprop_and_not_used_in_training():
+def test_inference_gamma_is_the_same_bits_for_every_backprop_and_not_used_in_training(optimized):
     outputs = [inference(0.25, backprop=b)[1] for b in ("reversible", "store", "remat")]
     assert_same_bits(outputs[0], outputs[1])
     assert_same_bits(outputs[0], outputs[2])

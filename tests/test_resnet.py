@@ -10,6 +10,7 @@ from toy import GRAD_TOLERANCE, assert_grads_close, relative_error
 from bdia_jax.models.resnet import BasicBlock, ResNet, Transition
 from bdia_jax.nnx import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 IMAGES = jax.random.normal(jax.random.key(1), (4, 4, 4, 3))
 SMALL = {"image_shape": (4, 4, 3), "num_classes": 5, "widths": (8, 16), "depths": (2, 3)}
@@ -152,7 +153,7 @@ def test_a_step_updates_the_statistics_once():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_its_blocks_are_rebuilt_exactly(dtype):
+def test_its_blocks_are_rebuilt_exactly(dtype, optimized):
     stack = BDIAStack(partial(_basic_block, dtype), 5, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 4, 4, 8))
     audit = stack.audit(x)

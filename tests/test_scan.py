@@ -15,6 +15,7 @@ from toy import (
     dropout_block,
     float_part,
     forward_states,
+    keep_mask,
     make_case,
     make_params,
     relative_error,
@@ -29,6 +30,7 @@ from bdia_jax.fixed_point import dequantize
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 
 
+@functools.cache  # so that equal shapes share a program
 def run(backprop, block_fn=tanh_block, fixed_point=FixedPoint()):
     """Jitted (params, x0, gamma) -> x_K."""
     options = {"fixed_point": fixed_point, "backprop": backprop}
@@ -37,15 +39,22 @@ def run(backprop, block_fn=tanh_block, fixed_point=FixedPoint()):
 
 def grads(backprop, block_fn, params, x0, gamma, fixed_point=FixedPoint()):
     """Of a loss that weighs every element of x_K differently: (float params, x0)."""
-    weights = jnp.cos(jnp.arange(x0.size, dtype=jnp.float32)).reshape(x0.shape)
+    return gradient(backprop, block_fn, fixed_point)(float_part(params), x0, params, gamma)
 
-    def loss(floats, x0):
+
+@functools.cache
+def gradient(backprop, block_fn, fixed_point):
+    def loss(floats, x0, params, gamma):
         x_last = bdia_scan(
             block_fn, params | floats, x0, gamma, fixed_point=fixed_point, backprop=backprop
         )
-        return jnp.sum(weights * x_last + 0.1 * x_last**2)
+        return jnp.sum(weights_of(x0) * x_last + 0.1 * x_last**2)
 
-    return jax.jit(jax.grad(loss, (0, 1)))(float_part(params), x0)
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+
+def weights_of(x0):
+    return np.cos(np.arange(x0.size, dtype=np.float32)).reshape(x0.shape)
 
 
 # --- every bit comes back ------------------------------------------------------------
@@ -55,20 +64,16 @@ def grads(backprop, block_fn, params, x0, gamma, fixed_point=FixedPoint()):
     "kind, depth, shape, gamma_bits, guard_bits",
     [
         ("float32", 2, (5, 3), 1, 0),
-        ("float32", 3, (13,), 2, 0),
         ("float32", 7, (2, 2, 3, 8), 3, 0),
         ("float32", 64, (3, 13), 1, 1),
         ("float32", 256, (2, 5), 2, 2),
         ("bfloat16", 2, (2, 3, 7), 3, 2),
         ("bfloat16", 3, (3, 16), 1, 2),
         ("bfloat16", 7, (2, 3, 5), 2, 4),
-        ("bfloat16", 64, (2, 5), 3, 4),
         ("bfloat16", 256, (3, 13), 1, 7),
-        ("dropout", 2, (4, 5), 2, 1),
         ("dropout", 3, (9,), 3, 5),
-        ("dropout", 7, (2, 3, 7), 1, 1),
         ("dropout", 64, (2, 2, 3, 8), 1, 3),
-        ("dropout", 256, (2, 13), 3, 1),
+        ("dropout", 256, (2, 13), 2, 1),
     ],
 )
 def test_the_rebuild_is_bit_equal_and_needs_the_side_bits(
@@ -80,11 +85,11 @@ def test_the_rebuild_is_bit_equal_and_needs_the_side_bits(
     assert audit.exact and audit.mismatches.shape == (depth - 1,), audit
     assert not np.any(round_trip_mismatches(BLOCKS[kind], *case, fp))
     # control: the same scans with zeros for side bits
-    assert round_trip_mismatches(BLOCKS[kind], *case, fp, False)[0] > 0
+    assert round_trip_mismatches(BLOCKS[kind], *case, fp, 0)[0] > 0
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     kind=st.sampled_from(sorted(BLOCKS)),
     depth=st.integers(2, 12),
@@ -148,8 +153,17 @@ def test_states_of_any_magnitude_are_rebuilt(block_fn, shape, magnitude):
 # --- the forward pass ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("gamma_bits", [None, 1, 2, 3])
+@pytest.mark.parametrize(
+    "kind, gamma_bits",
+    [
+        ("float32", None),
+        ("float32", 1),
+        ("float32", 3),
+        ("bfloat16", None),
+        ("bfloat16", 2),
+        ("dropout", 1),
+    ],
+)
 def test_the_forward_is_the_same_bits_whatever_the_backprop(kind, gamma_bits):
     fp = FixedPoint(gamma_bits=gamma_bits or 1)
     params, x0, gamma = make_case(7, (3, 5, 13), magnitude=2.0 ** -(gamma_bits or 1))
@@ -212,11 +226,10 @@ def test_without_gamma_and_quantization_it_is_the_plain_transformer(backprop):
     unrolled = jax.jit(functools.partial(plain_loop, tanh_block))(params, x0)
     assert relative_error(scanned, unrolled) < 1e-6
     actual = grads(backprop, tanh_block, params, x0, None, fixed_point=None)
-    weights = jnp.cos(jnp.arange(x0.size, dtype=jnp.float32)).reshape(x0.shape)
 
     def loss(floats, x0):
         x_last = plain_loop(tanh_block, params | floats, x0)
-        return jnp.sum(weights * x_last + 0.1 * x_last**2)
+        return jnp.sum(weights_of(x0) * x_last + 0.1 * x_last**2)
 
     expected = jax.jit(jax.grad(loss, (0, 1)))(float_part(params), x0)
     for name in ("w", "b"):
@@ -241,16 +254,26 @@ def used(params, kind):
     return {name: params[name] for name in names}
 
 
-@pytest.mark.parametrize("backprop", ["reversible", "remat"])
-@pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("gamma_bits, shape", [(1, (3, 5, 13)), (2, (4, 5)), (3, (6,))])
-def test_every_gradient_equals_plain_autodiff(backprop, kind, gamma_bits, shape):
+@pytest.mark.parametrize(
+    "kind, gamma_bits, shape",
+    [
+        ("float32", 1, (3, 5, 13)),
+        ("float32", 3, (6,)),
+        ("bfloat16", 1, (3, 5, 13)),
+        ("bfloat16", 2, (4, 5)),
+        ("dropout", 2, (4, 5)),
+        ("dropout", 3, (6,)),
+    ],
+)
+def test_every_gradient_equals_plain_autodiff(kind, gamma_bits, shape):
     fp = FixedPoint(gamma_bits=gamma_bits)
     params, x0, gamma = make_case(7, shape, magnitude=2.0**-gamma_bits)
     params = used(params, kind)
     tolerance = GRAD_TOLERANCE[jnp.dtype(jnp.bfloat16 if kind == "bfloat16" else jnp.float32)]
-    actual = grads(backprop, BLOCKS[kind], params, x0, gamma, fp)
-    assert_grads_close(actual, grads("store", BLOCKS[kind], params, x0, gamma, fp), tolerance)
+    expected = grads("store", BLOCKS[kind], params, x0, gamma, fp)
+    for backprop in ("reversible", "remat"):
+        actual = grads(backprop, BLOCKS[kind], params, x0, gamma, fp)
+        assert_grads_close(actual, expected, tolerance)
 
 
 def straight_line(params, x0, gamma, frac_bits=9):
@@ -276,21 +299,22 @@ def straight_line(params, x0, gamma, frac_bits=9):
 def test_store_is_the_straight_through_derivative_of_the_recurrence_written_out():
     params, x0, gamma = make_case(4, (3, 5, 13))
     params = used(params, "float32")
-    weights = jnp.cos(jnp.arange(x0.size, dtype=jnp.float32)).reshape(x0.shape)
 
-    def loss(floats, x0):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def written_out(floats, x0):
         x_last = straight_line(floats, x0, gamma)
-        return jnp.sum(weights * x_last + 0.1 * x_last**2)
+        return jnp.sum(weights_of(x0) * x_last + 0.1 * x_last**2)
 
-    expected = jax.jit(jax.grad(loss, (0, 1)))(params, x0)
+    expected = written_out(params, x0)
     assert_grads_close(grads("store", tanh_block, params, x0, gamma), expected, F32)
-    without_history = jax.jit(jax.grad(loss, (0, 1)))(params, x0 + 1)  # a control: not a constant
+    without_history = written_out(params, x0 + 1)  # a control: not a constant
     assert relative_error(without_history[1], expected[1]) > 100 * F32
 
 
 def rich_block(params, x, memory, mask, offset):
     """Every kind of leaf in params, consts and aux."""
-    keep = jax.random.bernoulli(params["key"], 0.8, x.shape)
+    keep = keep_mask(params["key"], 0.8, x.shape)
     h = jnp.tanh(x @ params["w"] + memory["m"]) * keep + offset["i"] * 0.01
     h = jnp.where(mask, h, 0.0) * jnp.where(params["flag"], 1.0, 0.5)
     aux = {"power": jnp.mean(h**2, axis=-1), "layer": params["layer"], "on": params["flag"]}
@@ -360,7 +384,7 @@ def test_leaves_without_gradient_get_float0():
 def test_no_gradient_flows_into_gamma(backprop):
     params, x0, gamma = make_case(3, (2, 5))
     grad = jax.grad(lambda g: bdia_scan(tanh_block, params, x0, g, backprop=backprop).sum())
-    assert not np.any(grad(gamma))
+    assert not np.any(jax.jit(grad)(gamma))
 
 
 @pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
@@ -449,14 +473,21 @@ def test_with_64_bit_mode_on():
         assert bdia.audit(tanh_block, params, x0, gamma).exact
 
 
-@pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
-@pytest.mark.parametrize("x0_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "backprop, x0_dtype",
+    [
+        ("reversible", jnp.float32),
+        ("reversible", jnp.bfloat16),
+        ("store", jnp.bfloat16),
+        ("remat", jnp.float32),
+    ],
+)
 def test_under_strict_dtype_promotion(backprop, x0_dtype):
     params, x0, gamma = make_case(4, (3, 5))
     block = lambda p, x: jnp.tanh(x * p["b"])  # noqa: E731
     with jax.numpy_dtype_promotion("strict"):
         loss = lambda b, x0: jnp.sum(  # noqa: E731
-            bdia_scan(block, params | {"b": b}, x0, gamma, backprop=backprop)
+            bdia_scan(block, {"b": b}, x0, gamma, backprop=backprop)
         )
         ct_b, ct_x0 = jax.jit(jax.grad(loss, (0, 1)))(params["b"], x0.astype(x0_dtype))
     assert np.any(ct_b) and ct_x0.dtype == x0_dtype
@@ -491,9 +522,9 @@ def bad_block(params, x):
 def test_a_bad_block_output_makes_its_sample_nan_and_no_other(backprop, bad):
     _, x0, gamma = make_case(6, (4, 5))
     x0 = x0.at[1].set(200.0)
-    params = {"layer": jnp.arange(6), "bad": jnp.full((6,), bad, jnp.float32)}
+    params = {"layer": np.arange(6), "bad": np.full(6, bad, np.float32)}
     x_last = run(backprop, bad_block)(params, x0, gamma)
-    expected = run(backprop, bad_block)(params | {"layer": jnp.zeros(6, int)}, x0, gamma)
+    expected = run(backprop, bad_block)(params | {"layer": np.zeros(6, int)}, x0, gamma)
     assert np.all(np.isnan(x_last[1])) and np.all(np.isfinite(expected))
     others = np.array([0, 2, 3])
     assert_same_bits(x_last[others], expected[others])
@@ -506,7 +537,7 @@ def test_a_state_that_grows_past_int32_is_nan(backprop, with_gamma):
     x0 = x0.at[0].set(1.0).at[1].set(0.0)
     double = lambda p, x: p["s"] * x  # noqa: E731
     gamma = gamma if with_gamma else None
-    x_last = run(backprop, double)({"s": jnp.ones(40)}, x0, gamma)
+    x_last = run(backprop, double)({"s": np.ones(40, np.float32)}, x0, gamma)
     assert np.all(np.isnan(x_last[0])) and np.all(x_last[1] == 0)
 
 

@@ -68,18 +68,15 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [3, 4])
-def test_stop_and_resume_equals_straight_through(
-    straight, tmp_path, data_dir, monkeypatch, killed_at
-):
-    """Killed after a step; the checkpoint is of step 2 or 4; the final bits are the same."""
+def test_stop_and_resume_equals_straight_through(straight, tmp_path, monkeypatch):
+    """Killed after step 4, before it is saved: the checkpoint is of step 2, the last bits equal."""
     import train.train as program
 
     log_train = program._log_train
 
     def dies(log, step, metrics):
         log_train(log, step, metrics)
-        if step == killed_at:
+        if step == 4:
             raise Killed
 
     straight_workdir, config = straight
@@ -111,7 +108,6 @@ def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, d
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gamma": 0.0, "quantize": False, "backprop": "store"},
         {"gamma": 0.6, "backprop": "remat"},
         {"gamma": 0.25, "optimizer": "adamw", "schedule": "constant"},
         {"stack": "revnet", "gamma": 0.0, "quantize": False},

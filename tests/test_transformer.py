@@ -11,6 +11,7 @@ from toy_models import filled
 from bdia_jax.models.transformer import DecoderBlock, Transformer
 from bdia_jax.nnx import BDIAStack
 
+pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
 STORE = partial(BDIAStack, backprop="store")
 SMALL = {"vocab_size": 17, "max_len": 9, "width": 16, "encoder_depth": 3, "decoder_depth": 3,
@@ -188,7 +189,7 @@ def test_every_decoder_block_sends_a_gradient_to_the_memory():
     assert norm(np.zeros(3)) == 0
 
 
-def test_the_rebuild_of_the_decoder_is_exact():
+def test_the_rebuild_of_the_decoder_is_exact(optimized):
     model = small_transformer(decoder_depth=5)
     see_source, see_target = ((t != 0)[:, None, None] for t in (SOURCE, TARGET))
     y, memory = model.embedding[...][TARGET], model.embedding[...][SOURCE]
