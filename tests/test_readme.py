@@ -241,3 +241,43 @@ def test_mixed_precision_sentence():
         audit = run["audit"]
         assert f"{audit['mismatches']:,} of {audit['elements']:,} rebuilt elements" in text
         assert audit["suggested_guard_bits"] == 0
+
+
+def test_fine_tuning_memory_rows():
+    sizes = result("finetune_memory")["results"]
+    labels = {
+        "plain": "plain autodiff",
+        "remat": "per-block `jax.checkpoint`",
+        "bdia": "BDIA",
+        "bdia_chunked": "BDIA, `batch_chunks=4`",
+    }
+    for name, label in labels.items():
+        lora = "lora" if name == "plain" else f"lora_{name}"
+        cells = [
+            f"{sizes[each]['total_bytes'] / MIB:.0f} MiB | {sizes[each]['ratio_to_plain']:.2f}"
+            for each in (name, lora)
+        ]
+        assert f"| {label} | {' | '.join(cells)} |" in README, label
+    assert f"are {sizes['plain']['state_bytes'] / MIB:.0f} MiB of it" in README
+
+
+def test_fine_tuning_rows():
+    def row(label, folder, run):
+        with (ROOT / "benchmarks" / "results" / folder / "gpt2_e2e_small.csv").open() as file:
+            (values,) = [each for each in csv.DictReader(file) if each["run"] == run]
+        return " | ".join(
+            [label, *(values[m] for m in ("loss", "bleu", "nist", "rouge_l", "cider"))]
+        )
+
+    for label, folder, run in (
+        ("plain, all parameters", "", "plain"),
+        ("BDIA, all parameters", "", "bdia"),
+        ("LoRA, plain", "lora", "lora"),
+        ("LoRA, BDIA", "lora", "lora_bdia"),
+    ):
+        assert f"| {row(label, folder, run)} |" in README, label
+    assert row("", "", "lora").split(" | ")[1] in README
+    agreement = result("gpt2_e2e_small_agreement")
+    for states in ("fixed_point", "float"):
+        assert f"{agreement[states]['loss']:.6f}" in README
+    assert agreement["one_block_quanta"]["stack"]["largest"] <= 0.5

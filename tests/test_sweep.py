@@ -141,4 +141,6 @@ def test_whole_paper_stops_at_what_it_cannot_do(tmp_path, data_dir, capsys):
     with pytest.raises(SystemExit):
         paper_main(["--out", str(tmp_path), "--set", "num_steps"])
     assert "expected FIELD=VALUE" in capsys.readouterr().err
-    assert set(EXPERIMENTS) == {path.stem for path in Path("configs").glob("*_*.py")} - {"__init__"}
+    # gpt2_e2e starts from a checkpoint, which has to be brought
+    all_configs = {path.stem for path in Path("configs").glob("*_*.py")}
+    assert set(EXPERIMENTS) == all_configs - {"__init__", "gpt2_e2e"}

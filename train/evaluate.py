@@ -11,6 +11,7 @@ half a quantum: the paths agree to the quantum.
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bdia_jax.nnx import BDIAStack
 from train.agreement import Agreement, compare
 from train.generate import check_vocabulary, choose_tokenizer
 from train.language import Sequences
+from train.log import origin
 from train.restore import open_run
 from train.task import Metrics, group_size
 from train.text import load_text
@@ -130,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         about, result = evaluate(args)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(document(about, result), indent=1) + "\n")
+            command = shlex.join(["python", "-m", "train.evaluate", *(argv or sys.argv[1:])])
+            record = {"command": command} | origin() | document(about, result)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(about, result))

@@ -50,10 +50,7 @@ class Log:
         self._write(
             self._mark[1],
             "start",
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            device=device_name(),
-            versions={"python": platform.python_version()}
-            | {name: version(name) for name in ("jax", "flax", "optax")},
+            **origin(),
             **facts,
         )
 
@@ -140,6 +137,16 @@ def draw_curve(workdir: Path) -> None:
     axes[0][0].set_yscale("log")
     figure.savefig(workdir / "curve.png", dpi=120)
     plt.close(figure)
+
+
+def origin() -> dict[str, Any]:
+    """Where and when a number is made: date, device, versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("jax", "flax", "optax")},
+    }
 
 
 def device_name() -> str:

@@ -3,7 +3,8 @@
     python -m train.paper --out benchmarks/results [--scale smoke] [--set model.dtype=bfloat16]
 
 Interrupted, it goes on where it was: every run resumes on its workdir. An experiment whose data
-is not prepared is told and left out.
+is not prepared is told and left out. Fine-tuning (configs/gpt2_e2e.py) is not among them: it
+starts from a checkpoint that you bring.
 """
 
 import argparse
