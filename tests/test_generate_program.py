@@ -14,6 +14,7 @@ from toy_models import filled
 
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack
+from bdia_jax.generate import generate as generate_tokens
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.transformer import Transformer
 from configs import gpt2_openwebtext
@@ -69,6 +70,19 @@ def error_of(program, *words):
 
 
 # --- train.generate ------------------------------------------------------------------
+
+
+def test_end_of_text_comes_between_a_meaning_and_its_sentence(opens, capsys):
+    model, tokenizer = small_gpt2(), Bytes()
+    opens(model, tokenizer)
+    printed = []
+    for words in (["--meaning"], []):
+        generate.main(["--from", "x", "--prompt=ab", "--temperature=0", "--num_tokens=9", *words])
+        printed.append(capsys.readouterr().out.strip())
+    prompt = jnp.array([[*tokenizer.encode("ab"), tokenizer.end_of_text]])
+    new = generate_tokens(model, prompt, 9, temperature=0.0, end_token=tokenizer.end_of_text)
+    assert printed[0] == f"ab\n{tokenizer.decode(new[0, 3:].tolist())}".strip()
+    assert printed[0] != printed[1].replace("ab", "ab\n", 1)
 
 
 @nnx.jit

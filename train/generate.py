@@ -18,6 +18,7 @@ from flax import nnx
 
 from bdia_jax.generate import generate, generate_beam, translate
 from bdia_jax.models.transformer import Transformer
+from train.inputs import DataToTextInput
 from train.restore import open_run
 from train.tokens import EOS, PAD, Tokenizer, open_tokenizer
 
@@ -34,6 +35,7 @@ def continue_texts(
     beam_size: int = 0,
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
+    are_meanings: bool = False,
 ) -> list[str]:
     """What the model writes behind each prompt, up to the end of the text or num_tokens tokens.
 
@@ -43,17 +45,18 @@ def continue_texts(
         prompts: all continued at once; an empty one begins a new text.
         num_tokens: at most.
         seed, temperature, top_k: as in `generate`; seed makes its key.
-        beam_size: 0 draws; above, the three last arguments go to `generate_beam`.
+        beam_size: 0 draws; above, the next two arguments go to `generate_beam`.
+        are_meanings: end of text comes behind each prompt, as `train.data_to_text` trains.
 
     Raises:
         ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
     """
-    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    end = tokenizer.end_of_text
+    ids = [tokenizer.encode(prompt) + [end] * are_meanings or [end] for prompt in prompts]
     check_vocabulary(model, max(map(max, ids)))
     lengths = [len(row) for row in ids]
-    padded = jnp.array([[tokenizer.end_of_text] * (max(lengths) - len(row)) + row for row in ids])
+    padded = jnp.array([[end] * (max(lengths) - len(row)) + row for row in ids])
     where: Any = {"prompt_lengths": None if len(set(lengths)) == 1 else jnp.array(lengths)}
-    end = tokenizer.end_of_text
     if beam_size:
         new, _ = generate_beam(
             model, padded, num_tokens, **where, beam_size=beam_size, end_token=end,
@@ -140,12 +143,15 @@ def run(args: argparse.Namespace) -> str:
         )
     if opened.config is None:
         opened.model.stack.fixed_point, opened.model.stack.backprop = None, "store"
+    is_data_to_text = isinstance(getattr(opened.config, "input", None), DataToTextInput)
+    are_meanings = args.meaning or is_data_to_text
     new = continue_texts(
-        opened.model, tokenizer, prompts, args.num_tokens,
+        opened.model, tokenizer, prompts, args.num_tokens, are_meanings=are_meanings,
         seed=args.seed, temperature=args.temperature, top_k=args.top_k or None,
         beam_size=args.beam_size, no_repeat_ngram=args.no_repeat_ngram, **beam,
     )  # fmt: skip
-    texts = [prompt + continuation for prompt, continuation in zip(prompts, new, strict=True)]
+    between = "\n" * are_meanings
+    texts = [prompt + between + after for prompt, after in zip(prompts, new, strict=True)]
     return "\n==========\n".join(texts)
 
 
@@ -172,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     add = options.add_argument
     add("--from", dest="folder", type=Path, required=True, help="a workdir or a checkpoint")
     add("--prompt", action="append", default=[], help="a text to continue; may be repeated")
+    add("--meaning", action="store_true", help="prompts are meanings, as for a run of gpt2_e2e.py")
     add("--prompt_file", "--prompt-file", type=Path, help="more of them, one a line")
     add("--source", action="append", default=[], help="a sentence to translate; may be repeated")
     add("--num_tokens", type=int, default=100, help="most new tokens of each")
