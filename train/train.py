@@ -73,11 +73,11 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     pretrained = read_params(config, program.abstract)
     lowered = lower_steps(program, task)
     path = open_workdir(workdir, config)  # only now: bad data or sizes leave no folder behind
+    fingerprint = _check_same_data(path, task)
     if config.init_from:
         keep_description(config, path)
     if isinstance(task.tokenizer, Bpe):
         task.tokenizer.save(path / "tokenizer.json")
-    fingerprint = _check_same_data(path, task)
     with Checkpoints(path) as checkpoints:
         state = checkpoints.restore_or(program.init, pretrained)
         del pretrained
