@@ -272,11 +272,21 @@ def test_fine_tuning_rows():
     for label, folder, run in (
         ("plain, all parameters", "", "plain"),
         ("BDIA, all parameters", "", "bdia"),
-        ("LoRA, plain", "lora", "lora"),
-        ("LoRA, BDIA", "lora", "lora_bdia"),
+        ("LoRA, plain", "e2e_lora", "lora"),
+        ("LoRA, BDIA", "e2e_lora", "lora_bdia"),
+        ("plain, 200 sentences", "e2e_200", "plain"),
+        ("BDIA, 200 sentences", "e2e_200", "bdia"),
     ):
         assert f"| {row(label, folder, run)} |" in README, label
     assert row("", "", "lora").split(" | ")[1] in README
+    few = json.loads((ROOT / "benchmarks/results/e2e_200/gpt2_e2e_small.json").read_text())[
+        "results"
+    ]
+    _, plain, _ = few["plain"]["curves"]["eval"]["loss"]
+    _, bdia, _ = few["bdia"]["curves"]["eval"]["loss"]
+    text = README.replace("\n", " ")
+    assert f"falls to {min(plain):.2f} and ends at {plain[-1]:.2f}, that of BDIA at" in text
+    assert f"of BDIA at {bdia[-1]:.2f}, where it stays" in text and bdia[-1] - min(bdia) < 0.001
     agreement = result("gpt2_e2e_small_agreement")
     for states in ("fixed_point", "float"):
         assert f"{agreement[states]['loss']:.6f}" in README
