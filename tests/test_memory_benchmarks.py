@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bdia_jax import MemoryReport
-from benchmarks import deep, digits, gpt2_memory, lines, memory, record, vit_memory
+from benchmarks import deep, digits, finetune_memory, gpt2_memory, lines, memory, record, vit_memory
 from benchmarks.stack import TOY
 from configs import vit_cifar10
 from train.config import Config
@@ -166,3 +166,17 @@ def test_toy_numbers_cannot_replace_the_committed_ones(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--toy"])
     assert "--toy needs --out" in capsys.readouterr().err
+
+
+def test_fine_tuning_memory(unoptimized):
+    sizes = {"input": {"length": 192, "tokenizer": "bytes"}}
+    sizes["model"] = {"width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 64}
+    plain, lora = (
+        finetune_memory.measure(name, sizes | changes, vocab_size=300)
+        for name, changes in (("plain", {}), ("lora_bdia", {"batch_chunks": 4}))
+    )
+    assert lora["trained_parameters"] == 4 * 2 * (16 * 4 + 4 * 16)  # blocks, q and v, A and B
+    # neither moments nor gradients of what is frozen, and one part of a block at a time
+    assert lora["state_bytes"] < plain["state_bytes"] / 2
+    assert lora["temp_bytes"] < plain["temp_bytes"] / 4
+    assert plain["total_bytes"] == plain["state_bytes"] + plain["temp_bytes"]

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax import losses
 from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
+from bdia_jax.models.language_model import LanguageModel, take_rows
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.stacked import Stack
 
 _STD = 0.02
 
 
-class GPT2(nnx.Module):
+class GPT2(LanguageModel):
     """Causal transformer over tokens; the token embedding is also the output projection.
 
     The defaults are the 124M model; biases everywhere, GELU by tanh.
@@ -63,6 +63,7 @@ class GPT2(nnx.Module):
         self.max_len = max_len
         self.dtype = dtype
         normal = nnx.initializers.normal(_STD)
+        self.head = nnx.data(None)
         self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
         self.positions = nnx.Param(normal(rngs.params(), (max_len, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
@@ -93,30 +94,6 @@ class GPT2(nnx.Module):
             )
         self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Logits of the next token, float32 [B, T, V].
-
-        Args:
-            tokens: int32 [B, T]. An id outside the vocabulary cannot raise under jit; it makes
-                the logits of its sequence NaN.
-            positions: int32, broadcastable to [B, T]; 0 .. T-1 by default. Packed documents
-                each start at 0 again.
-            mask: bool, broadcastable to [B, 1, T, T], True = see; tokens never see later ones
-                whatever it says. Packed documents do not see each other.
-            rngs: streams "dropout" and "gamma" for this call, in place of the model's own.
-
-        Raises:
-            ValueError: T greater than max_len.
-        """
-        return self.logits(self.features(tokens, positions=positions, mask=mask, rngs=rngs))
-
     def features(
         self,
         tokens: jax.Array,
@@ -125,41 +102,9 @@ class GPT2(nnx.Module):
         mask: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """What `logits` and `loss` take, float32 [B, T, D]. Args: as in a call."""
-        length = tokens.shape[1]
-        if length > self.max_len:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
-                "shorten them or make the model with a greater max_len"
-            )
+        """As `LanguageModel.features`."""
+        self._check_length(tokens)
         if positions is None:
-            positions = jnp.arange(length)[None]
-        x = _rows(self.embedding[...], tokens) + _rows(self.positions[...], positions)
+            positions = jnp.arange(tokens.shape[1])[None]
+        x = take_rows(self.embedding[...], tokens) + take_rows(self.positions[...], positions)
         return self.norm(self.stack(self.dropout(x, rngs=rngs), mask, rngs=rngs))
-
-    def logits(self, features: jax.Array) -> jax.Array:
-        """float32 [B, T, D] -> float32 [B, T, V]."""
-        return losses.logits(features, self.embedding[...], dtype=self.dtype)
-
-    def loss(
-        self, features: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-    ) -> jax.Array:
-        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
-
-        Args:
-            features: float32 [B, T, D].
-            labels: int32 [B, T], the next tokens. The loss of one outside the vocabulary is NaN.
-            label_smoothing: share of the target that is spread over the vocabulary.
-        """
-        return losses.softmax_cross_entropy(
-            features,
-            self.embedding[...],
-            labels,
-            dtype=self.dtype,
-            label_smoothing=label_smoothing,
-        )
-
-
-def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[index], NaN for an index outside, negative ones too."""
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

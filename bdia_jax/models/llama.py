@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax import losses
+from bdia_jax.models.language_model import LanguageModel, take_rows
 from bdia_jax.models.llama_blocks import LlamaBlock, RotaryAttention, SwiGLU
 from bdia_jax.models.rope import RopeScaling
 from bdia_jax.nnx import BDIAStack
@@ -17,7 +17,7 @@ from bdia_jax.stacked import Stack
 _STD = 0.02
 
 
-class Llama(nnx.Module):
+class Llama(LanguageModel):
     """Causal transformer over tokens with RMSNorm, rotary positions, and SwiGLU (arXiv 2302.13971).
 
     The defaults are Llama 2 7B. Mistral adds `sliding_window`, Qwen2 `qkv_bias`, Qwen3
@@ -123,33 +123,9 @@ class Llama(nnx.Module):
                 f"take {width}; take a stack that keeps the width"
             )
         self.norm = nnx.RMSNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
-        self.head: nnx.Param | None = nnx.data(None)
+        self.head = nnx.data(None)
         if not tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), (vocab_size, width)))
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Logits of the next token, float32 [B, T, V].
-
-        Args:
-            tokens: int32 [B, T]. An id outside the vocabulary cannot raise under jit; it makes
-                the logits of its sequence NaN.
-            positions: int32, broadcastable to [B, T]; 0 .. T-1 by default. Packed documents
-                each start at 0 again.
-            mask: bool, broadcastable to [B, 1, T, T], True = see; tokens never see later ones
-                whatever it says. Packed documents do not see each other.
-            rngs: streams "dropout" and "gamma" for this call, in place of the model's own.
-
-        Raises:
-            ValueError: T greater than max_len.
-        """
-        return self.logits(self.features(tokens, positions=positions, mask=mask, rngs=rngs))
 
     def features(
         self,
@@ -159,45 +135,14 @@ class Llama(nnx.Module):
         mask: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """What `logits` and `loss` take, float32 [B, T, D]. Args: as in a call."""
-        length = tokens.shape[1]
-        if length > self.max_len:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
-                "shorten them or make the model with a greater max_len"
-            )
+        """As `LanguageModel.features`."""
+        self._check_length(tokens)
         if positions is None:
-            positions = jnp.arange(length)
+            positions = jnp.arange(tokens.shape[1])
         # All axes are there: the stack's batch_chunks would take one of length B for the batch.
         # Not broadcast to [B, T], though: cosines are computed once for all samples.
         positions = jnp.atleast_2d(positions)
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        # NaN for an id outside, negative ones too
-        x = (
-            self.embedding[...]
-            .at[tokens]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
+        x = take_rows(self.embedding[...], tokens)
         return self.norm(self.stack(x, positions, mask, rngs=rngs))
-
-    def logits(self, features: jax.Array) -> jax.Array:
-        """float32 [B, T, D] -> float32 [B, T, V]."""
-        return losses.logits(features, self._table(), dtype=self.dtype)
-
-    def loss(
-        self, features: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-    ) -> jax.Array:
-        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
-
-        Args:
-            features: float32 [B, T, D].
-            labels: int32 [B, T], the next tokens. The loss of one outside the vocabulary is NaN.
-            label_smoothing: share of the target that is spread over the vocabulary.
-        """
-        return losses.softmax_cross_entropy(
-            features, self._table(), labels, dtype=self.dtype, label_smoothing=label_smoothing
-        )
-
-    def _table(self) -> jax.Array:
-        return (self.embedding if self.head is None else self.head)[...]
