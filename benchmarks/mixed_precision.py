@@ -61,9 +61,9 @@ def plain_stack(make_block: Any, depth: int, *, rngs: nnx.Rngs, **options: Any) 
     def make(rngs: nnx.Rngs) -> PlainBlock:
         block = make_block(rngs)
         block.__class__ = PlainBlock
-        linears = (block.attention.qkv, block.attention.out, block.mlp.hidden, block.mlp.out)
-        for linear in linears:
-            linear.dtype = None
+        for _, module in nnx.iter_modules(block):
+            if isinstance(module, nnx.Linear):
+                module.dtype = None
         return block
 
     return BDIAStack(make, depth, rngs=rngs, **options)

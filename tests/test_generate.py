@@ -166,7 +166,7 @@ def transformer(request):
     return filled(
         lambda: Transformer(6, 8, width=16, encoder_depth=2, decoder_depth=2, num_heads=2,
                             mlp_dim=24, rngs=nnx.Rngs(0), **options),
-        seed=7, scale=0.2,  # greedy misses the best, and not every translation ends
+        seed=60, scale=0.2,  # greedy misses the best, and not every translation ends
     )  # fmt: skip
 
 

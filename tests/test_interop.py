@@ -167,9 +167,7 @@ def test_a_vit_without_classifier_needs_a_head_of_its_own(theirs, tmp_path):
     body = transformers.ViTModel(CONFIGS["vit"])
     body.load_state_dict(model.vit.state_dict(), strict=False)  # all but the pooler
     body.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"classifier.weight is missing.*keep=\(\"head.kernel\",\)"
-    ):
+    with pytest.raises(ValueError, match=r"classifier.weight is missing.*keep=\('head.kernel',\)"):
         loaded(tmp_path)
     ours = loaded(tmp_path, keep=("head",), num_classes=7)
     assert our_logits(ours).shape == (3, 7) and np.std(ours.head.kernel[...]) > 0.1

@@ -14,7 +14,7 @@ from toy_models import filled
 
 from bdia_jax import interop
 from bdia_jax.baselines import MidpointStack
-from bdia_jax.interop.layout import check_settings, linear
+from bdia_jax.interop.layout import Entry, check_settings
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.vit import ViT
@@ -160,7 +160,7 @@ def test_another_model_is_named_by_the_first_tensor_that_differs(folder):
 
 def test_what_is_kept_is_not_read(folder):
     longer = abstract(max_len=7)
-    refused(folder, r"wpe.weight.*keep=\(\"positions\",\)", like=longer)
+    refused(folder, r"wpe.weight.*keep=\('positions',\)", like=longer)
     params = interop.read_params(folder, longer, keep=("positions",))
     assert "positions" not in params and "embedding" in params
     change_tensors(folder, lambda t: t[NAME].__setitem__((0, 0), np.nan))
@@ -346,16 +346,22 @@ def test_names_of_classes_stay_if_there_are_as_many(tmp_path):
 # --- the table -----------------------------------------------------------------------
 
 
-def test_parts_of_the_last_axis_are_tensors_of_their_own():
-    kernel, bias = linear("blocks.qkv", "l.{}.q", "l.{}.k", sizes=(3, 2))
-    array = np.arange(2 * 4 * 5, dtype=np.float32).reshape(2, 4, 5)
-    views = dict(kernel.views(array))
-    assert {name: view.shape for name, view in views.items()} == {
-        "l.0.q.weight": (3, 4), "l.0.k.weight": (2, 4),
-        "l.1.q.weight": (3, 4), "l.1.k.weight": (2, 4),
+def test_parameters_side_by_side_are_one_tensor(model, folder):
+    entry = Entry(("blocks.q", "blocks.k"), "l.{}.qk")
+    arrays = [np.arange(2 * 4 * n, dtype=np.float32).reshape(2, 4, n) for n in (3, 2)]
+    assert entry.shapes({"blocks.q": arrays[0], "blocks.k": arrays[1]}) == {
+        "l.0.qk": (4, 5), "l.1.qk": (4, 5),
     }  # fmt: skip
-    np.testing.assert_array_equal(views["l.1.k.weight"], array[1, :, 3:].T)
-    assert all(np.shares_memory(view, array) for view in views.values())
-    assert [name for name, _ in bias.views(array[:, 0])][1] == "l.0.k.bias"
-    with pytest.raises(ValueError, match=r"blocks.qkv.kernel is 4 wide.*\(3, 2\)"):
-        list(kernel.views(array[..., :4]))
+    for part, array in zip(dict(entry.views(arrays))["l.1.qk"], arrays, strict=True):
+        np.testing.assert_array_equal(part, array[1])
+        assert np.shares_memory(part, array)
+    # in a file
+    attention = model.stack.blocks.attention
+    kernels = [linear.kernel[1] for linear in (attention.query, attention.key, attention.value)]
+    written = load_file(folder / "model.safetensors")["transformer.h.1.attn.c_attn.weight"]
+    np.testing.assert_array_equal(written, np.concatenate(kernels, axis=-1))
+    # and without one of them
+    kept = "stack.blocks.attention.key"
+    read = interop.read_params(folder, abstract(), keep=(kept,))["stack"]["blocks"]["attention"]
+    assert set(read) == {"query", "value", "out"}
+    assert_same_bits(read["value"]["kernel"][...], attention.value.kernel[...])

@@ -116,12 +116,13 @@ def test_the_default_is_llama_2_of_7_billion_parameters():
 def test_a_shared_head_is_as_many_equal_ones(plain):
     alone = small_llama(num_kv_heads=4)
     params = nnx.state(plain, nnx.Param)
-    qkv = params["stack"]["blocks"]["attention"]["qkv"]["kernel"]
-    q, *kv = jnp.split(qkv[...].reshape(3, 16, 8, 4), (4, 6), axis=2)
+    attention = params["stack"]["blocks"]["attention"]
+    shared = {name: attention[name]["kernel"][...] for name in ("key", "value")}
 
     def logits(repeat):
-        kernel = jnp.concatenate([q, *map(repeat, kv)], axis=2).reshape(3, 16, 48)
-        params["stack"]["blocks"]["attention"]["qkv"]["kernel"] = nnx.Param(kernel)
+        for name, kernel in shared.items():
+            heads = repeat(kernel.reshape(3, 16, 2, 4))
+            attention[name]["kernel"] = nnx.Param(heads.reshape(3, 16, 16))
         nnx.update(alone, params)
         return run(alone, TOKENS)
 

@@ -11,9 +11,10 @@ from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, keep_mask,
 from toy_models import filled
 
 from bdia_jax import lora
-from bdia_jax.lora import LoRALinear, Target
+from bdia_jax.lora import LoRALinear
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.llama import Llama
+from bdia_jax.models.transformer import Transformer
 from bdia_jax.models.vit import ViT
 from bdia_jax.nnx import BDIAStack
 
@@ -76,47 +77,26 @@ def test_adding_leaves_the_function_and_merging_gives_the_plain_model_back():
         params.flat_state(), nnx.state(model, nnx.Param).flat_state(), strict=True
     ):
         changed = bool(jnp.any(old[...] != new[...]))
-        assert changed == (path[-2:] == ("qkv", "kernel")), path
-
-
-SIZES = (6, 4, 5)
-FUSED, WHOLE = Target("", SIZES, (0, 2)), Target("")
+        assert changed == (path[-2:] in {("query", "kernel"), ("value", "kernel")}), path
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
-@pytest.mark.parametrize("target", [FUSED, WHOLE])
-def test_an_adapted_layer_is_that_of_w_plus_scaled_a_b(target, lead):
+def test_an_adapted_layer_is_that_of_w_plus_scaled_a_b(lead):
     make = lambda rngs: nnx.Linear(7, 15, rngs=rngs)  # noqa: E731
     linear = filled(lambda: nnx.vmap(make)(nnx.Rngs(0).split(3)) if lead else make(nnx.Rngs(0)))
     plain = np.asarray(linear.kernel[...], np.float64)
-    lora.add(linear, (target,), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+    lora.add(linear, ("",), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
     train(linear)
-    expected = plain.copy()
-    first = 0
-    for part, size in enumerate(target.sizes or (15,)):
-        if part in target.adapted:
-            index = target.adapted.index(part)
-            a, b = (np.asarray(each[index][...]) for each in (linear.lora_a, linear.lora_b))
-            expected[..., first : first + size] += 3.0 / 2 * (a.astype(np.float64) @ b)
-        first += size
+    a, b = (np.asarray(each[...], np.float64) for each in (linear.lora_a, linear.lora_b))
+    expected = plain + 3.0 / 2 * (a @ b)
     x = np.random.default_rng(2).normal(size=(*lead, 5, 7)).astype(np.float32)
     call = jax.vmap(lambda linear, x: linear(x)) if lead else lambda linear, x: linear(x)
     bias = np.asarray(linear.bias[...])[..., None, :]
     assert relative_error(call(linear, x), x @ expected + bias) < F32
-    # keys stay to the bit, queries and values do not
-    unchanged = call(linear, x) == call(merged_without_adapters(linear, plain), x)
-    assert np.all(unchanged[..., 6:10]) == (target is FUSED)
-    assert not np.any(np.all(np.delete(unchanged, range(6, 10), -1), -1))
+    assert relative_error(call(linear, x), x @ plain + bias) > 0.1
     lora.merge(linear)
     assert type(linear) is nnx.Linear
     np.testing.assert_allclose(linear.kernel[...], expected, rtol=1e-6, atol=1e-6)
-
-
-def merged_without_adapters(linear, kernel):
-    linear = nnx.clone(linear)
-    lora.merge(linear)
-    linear.kernel[...] = jnp.asarray(kernel, jnp.float32)
-    return linear
 
 
 def test_types_of_results_are_those_without_adapter():
@@ -129,7 +109,7 @@ def test_types_of_results_are_those_without_adapter():
     ):
         linear = nnx.Linear(4, 6, rngs=nnx.Rngs(0), **options)
         before, kernel = linear(x), linear.kernel[...]
-        lora.add(linear, (WHOLE,), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+        lora.add(linear, ("",), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
         assert_same_bits(linear(x), before)
         train(linear)
         assert linear(x).dtype == before.dtype and np.any(linear(x) != before)
@@ -137,13 +117,29 @@ def test_types_of_results_are_those_without_adapter():
         assert linear.kernel.dtype == kernel.dtype and np.any(linear.kernel[...] != kernel)
 
 
-def test_grouped_queries_and_values():
-    (target,) = lora.query_and_value(nnx.eval_shape(small_llama))
-    assert target == Target(r"^stack\.blocks\.attention\.qkv$", (24, 12, 12), (0, 2))
-    model = add(small_llama())
-    (delta,) = jax.device_get([model.stack.blocks.attention.qkv.delta()])
-    per_output = np.any(delta != 0, axis=(0, 1))
-    np.testing.assert_array_equal(per_output, [True] * 24 + [False] * 12 + [True] * 12)
+def vit():
+    sizes = {"patch_size": 2, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8}
+    return ViT((4, 4, 3), 2, **sizes, rngs=nnx.Rngs(0))
+
+
+def translator():
+    sizes = {"width": 8, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2, "mlp_dim": 8}
+    return Transformer(11, 6, **sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "stacks"),
+    [(small_llama, ("stack",)), (vit, ("stack",)), (translator, ("encoder", "decoder"))],
+)
+def test_queries_and_values_of_self_attention_are_the_targets(make, stacks):
+    model = nnx.eval_shape(make)
+    assert set(lora.query_and_value(model)) == {
+        rf"^{stack}\.blocks\.attention\.{name}$" for stack in stacks for name in ("query", "value")
+    }
+    model = nnx.eval_shape(lambda: add(nnx.merge(*nnx.split(model)), trained=False))
+    attention = getattr(model, stacks[-1]).blocks.attention
+    for name, cls in (("query", LoRALinear), ("key", nnx.Linear), ("value", LoRALinear)):
+        assert type(getattr(attention, name)) is cls
 
 
 # --- under BDIA ----------------------------------------------------------------------
@@ -152,16 +148,18 @@ def test_grouped_queries_and_values():
 class Block(nnx.Module):
     """Two branches with all an adapter has to do with, and little to compile."""
 
-    branches, per_token, num_heads = ("f", "g"), ("g",), 2
+    branches, per_token = ("f", "g"), ("g",)
 
     def __init__(self, rngs, dtype, width):
-        self.qkv = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(
             width, width, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
         )
 
     def f(self, x):
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = self.query(x), self.key(x), self.value(x)
         return (jnp.tanh(q) * jnp.mean(k, axis=1, keepdims=True) + v).astype(jnp.float32)
 
     def g(self, x):
@@ -264,31 +262,17 @@ def test_targets_that_do_not_fit_are_refused():
     model = small_gpt2()
     options = {"alpha": 1.0, "rngs": nnx.Rngs(0)}
     graphdef = nnx.graphdef(model)
-    qkv = r"attention\.qkv"
     for targets, rank, message in (
-        ((Target(qkv),), 0, "rank is 0, expected at least 1"),
-        ((Target(qkv), Target("query")), 2, r"fits the target 'query'; there are stack\.blocks\."),
-        ((Target(qkv), Target(qkv, (16, 32))), 2, "no linear layer fits"),  # the first has it
-        ((Target(qkv, (16, 16)),), 2, r"qkv has 48 outputs, .*sizes have to add up to them"),
-        ((Target(qkv, (16, 32), (2,)),), 2, "adapted to name parts"),
+        (("query",), 0, "rank is 0, expected at least 1"),
+        (("query", "qkv"), 2, r"fits the target 'qkv'; there are stack\.blocks\."),
     ):
         with pytest.raises(ValueError, match=message):
             lora.add(model, targets, rank=rank, **options)
     assert nnx.graphdef(model) == graphdef  # nothing was added on the way
     add(model, trained=False)
-    with pytest.raises(ValueError, match=r"attention\.qkv has adapters already; merge the model"):
+    with pytest.raises(ValueError, match=r"attention\.query has adapters already; merge the model"):
         add(model)
-    with pytest.raises(ValueError, match="OwnLinear has no fused qkv projection"):
+    with pytest.raises(ValueError, match="OwnLinear has no linear layers query and value"):
         lora.query_and_value(OwnLinear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no linear layer fits"):  # it has its own __call__
-        lora.add(OwnLinear(2, 2, rngs=nnx.Rngs(0)), (Target(""),), rank=1, **options)
-
-
-def test_a_vit_has_queries_and_values_too():
-    model = nnx.eval_shape(
-        lambda: ViT((4, 4, 3), 2, patch_size=2, width=8, depth=2, num_heads=2, mlp_dim=8,
-                    rngs=nnx.Rngs(0))
-    )  # fmt: skip
-    assert [target.sizes for target in lora.query_and_value(model)] == [(8, 8, 8)]
-    model = nnx.eval_shape(lambda: add(nnx.merge(*nnx.split(model)), trained=False))
-    assert isinstance(model.stack.blocks.attention.qkv, LoRALinear)
+        lora.add(OwnLinear(2, 2, rngs=nnx.Rngs(0)), ("",), rank=1, **options)

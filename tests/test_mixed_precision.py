@@ -163,7 +163,7 @@ def test_float_baselines_have_it_too(stack_class):
 
 def test_adapters_are_float32_masters_too():
     stack = make(Block)
-    lora.add(stack, (lora.Target("dense"),), rank=2, alpha=4, rngs=nnx.Rngs(0))
+    lora.add(stack, ("dense",), rank=2, alpha=4, rngs=nnx.Rngs(0))
     loss = lambda stack: jnp.sum(jnp.sin(stack(X, rngs=nnx.Rngs(1))))  # noqa: E731
     trained = nnx.DiffState(0, nnx.LoRAParam)
     grads = jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=trained))(stack))

@@ -63,8 +63,10 @@ def test_the_block_is_h_of_the_pre_norm_transformer():
 
 def test_attention_is_softmax_of_scaled_products():
     attention = Attention(8, 2, rngs=nnx.Rngs(0))
-    qkv = np.asarray(X @ attention.qkv.kernel[...]).reshape(2, 6, 3, 2, 4)
-    q, k, v = np.moveaxis(qkv, (2, 3), (0, 2))  # [B, H, T, 4] each
+    q, k, v = (
+        np.moveaxis(np.asarray(X @ linear.kernel[...]).reshape(2, 6, 2, 4), 2, 1)  # [B, H, T, 4]
+        for linear in (attention.query, attention.key, attention.value)
+    )
     weights = jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2.0)
     joined = np.moveaxis(np.asarray(weights) @ v, 1, 2).reshape(2, 6, 8)
     expected = joined @ np.asarray(attention.out.kernel[...]) + np.asarray(attention.out.bias[...])
@@ -214,7 +216,10 @@ def linformer(num_tokens=6, projected=3):
 
 def test_linformer_attends_to_mixtures_that_all_heads_share():
     attention = linformer()
-    q, k, v = np.split(np.asarray(X @ attention.qkv.kernel[...]), 3, axis=-1)
+    q, k, v = (
+        np.asarray(X @ linear.kernel[...])
+        for linear in (attention.query, attention.key, attention.value)
+    )
     assert attention.project_keys.shape == attention.project_values.shape == (3, 6)
     keys = np.asarray(attention.project_keys[...]) @ k  # [B, 3, D]
     values = np.asarray(attention.project_values[...]) @ v

@@ -25,3 +25,15 @@ def filled(make: Callable[[], nnx.Module], seed: int = 0, scale: float = 0.3):
     keys = jax.tree.map(draw_key, keys)
     counts = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return nnx.merge(graphdef, params, keys, counts)
+
+
+def without_key_bias(grads: nnx.State) -> dict:
+    """All gradients but that of the keys' bias, which is rounding alone.
+
+    The bias adds the same to all logits of a query, and the softmax does not see it.
+    """
+    kept = nnx.to_pure_dict(grads)
+    attention = kept["stack"]["blocks"]["attention"]
+    of_keys, of_queries = attention["key"].pop("bias"), attention["query"]["bias"]
+    assert np.linalg.norm(of_keys) < 1e-4 * np.linalg.norm(of_queries)
+    return kept

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.interop.layout import Entry, Format, Table, check_settings, linear, norm, tensor
 from bdia_jax.models.gpt2 import GPT2
 
 _IMPLEMENTED = {
@@ -61,13 +61,15 @@ def config(model: GPT2, source: Mapping[str, Any]) -> dict[str, Any]:
 def table(model: GPT2) -> Table:
     """All tensors of a GPT2LMHeadModel."""
     h, blocks = "transformer.h.{}", "stack.blocks"
+    qkv = [f"{blocks}.attention.{name}" for name in ("query", "key", "value")]
     return Table(
         entries=(
             *tensor("embedding", "transformer.wte.weight"),
             *tensor("positions", "transformer.wpe.weight"),
             *norm(f"{blocks}.attention_norm", f"{h}.ln_1"),
             # Conv1D of transformers: weights are [in, out]; q, k, v are one
-            *linear(f"{blocks}.attention.qkv", f"{h}.attn.c_attn", out_first=False),
+            Entry(tuple(f"{path}.kernel" for path in qkv), f"{h}.attn.c_attn.weight"),
+            Entry(tuple(f"{path}.bias" for path in qkv), f"{h}.attn.c_attn.bias"),
             *linear(f"{blocks}.attention.out", f"{h}.attn.c_proj", out_first=False),
             *norm(f"{blocks}.mlp_norm", f"{h}.ln_2"),
             *linear(f"{blocks}.mlp.hidden", f"{h}.mlp.c_fc", out_first=False),

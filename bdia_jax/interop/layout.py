@@ -1,6 +1,6 @@
 """Which tensor of Hugging Face is which parameter here: one table, to read and to write."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,52 +8,52 @@ from flax import nnx
 
 
 class Entry(NamedTuple):
-    """One parameter of ours and the tensors that hold it.
+    """A tensor of theirs and the parameters of ours that it holds.
 
     Attributes:
-        path: of the parameter, dotted: "stack.blocks.attention.qkv.kernel".
-        names: of the tensors. With "{}", the block's index, the parameter is stacked: its
-            leading axis counts blocks, and each tensor is of one block. Several names are parts
-            of our last axis, in this order.
-        sizes: of the parts, where there are several.
+        paths: of the parameters, dotted: "stack.blocks.attention.out.kernel". Several lie side by
+            side along the tensor's last axis.
+        name: of the tensor. With "{}", the block's index, the parameters are stacked: their
+            leading axis counts blocks, and each block has a tensor.
         axes: the order in which a tensor has our axes (those of one block), where it is another.
     """
 
-    path: str
-    names: tuple[str, ...]
-    sizes: tuple[int, ...] = ()
+    paths: tuple[str, ...]
+    name: str
     axes: tuple[int, ...] = ()
 
-    def views(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, the part of `array` that the tensor of this name holds, in its shape).
+    def views(self, arrays: Sequence[np.ndarray]) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """(name of a tensor, its parts in their axes), in the order of `paths`.
 
-        Nothing is copied, so assigning to a view reads a tensor, and taking it writes one.
+        Nothing is copied: assigning to the parts reads a tensor, and joining them writes one.
 
         Args:
-            array: the whole parameter, stacked if the entry is.
+            arrays: the whole parameters, stacked if the entry is.
         """
-        if "{}" not in self.names[0]:
-            yield from self._parts(array, self.names)
-            return
-        for k, block in enumerate(array):
-            yield from self._parts(block, tuple(name.format(k) for name in self.names))
+        stacked = "{}" in self.name
+        for k, block in enumerate(zip(*arrays, strict=True) if stacked else [arrays]):
+            parts = [part.transpose(self.axes) if self.axes else part for part in block]
+            yield self.name.format(k), parts
 
-    def _parts(self, block, names):
-        ends = np.cumsum(self.sizes or block.shape[-1:])
-        if len(ends) != len(names) or ends[-1] != block.shape[-1]:
-            raise ValueError(
-                f"{self.path} is {block.shape[-1]} wide, but the table cuts it into "
-                f"{self.sizes or block.shape[-1:]} for {names}; such a model cannot be exchanged"
-            )
-        for name, part in zip(names, np.split(block, ends[:-1], axis=-1), strict=True):
-            yield name, part.transpose(self.axes) if self.axes else part
+    def shapes(self, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor.
+
+        Args:
+            params: path -> parameter, which may be abstract.
+        """
+        # hold no numbers: for the shapes of their views
+        arrays = [np.broadcast_to(np.float32(0), params[path].shape) for path in self.paths]
+        return {
+            name: (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+            for name, parts in self.views(arrays)
+        }
 
 
 class Table(NamedTuple):
     """All tensors of a model.
 
     Attributes:
-        entries: one for every parameter.
+        entries: have every parameter once.
         prefix: of names; a file may leave it out ("transformer." of GPT-2), as that of a model
             without a head does.
         ignored: regular expressions, from where the prefix ends, of tensors that may be in a
@@ -85,27 +85,21 @@ class Format(NamedTuple):
     table: Callable[[Any], Table]
 
 
-def tensor(path: str, *names: str, sizes=(), axes=()) -> tuple[Entry, ...]:
-    """A parameter alone. Args: as in `Entry`."""
-    return (Entry(path, names, tuple(sizes), tuple(axes)),)
+def tensor(path: str, name: str, axes: tuple[int, ...] = ()) -> tuple[Entry, ...]:
+    """A parameter that is a tensor of its own. Args: as in `Entry`."""
+    return (Entry((path,), name, axes),)
 
 
-def linear(
-    path: str, *names: str, sizes=(), bias: bool = True, out_first: bool = True
-) -> tuple[Entry, ...]:
-    """kernel (and bias) of an `nnx.Linear` from the weight (and bias) of the layers `names`.
+def linear(path: str, name: str, bias: bool = True, out_first: bool = True) -> tuple[Entry, ...]:
+    """kernel (and bias) of an `nnx.Linear` from the weight (and bias) of the layer `name`.
 
     Args:
-        path, names, sizes: as in `Entry`, without ".kernel", ".weight": "vit.layers.{}.mlp.fc1".
+        path, name: as in `Entry`, without ".kernel", ".weight": "vit.layers.{}.mlp.fc1".
         bias: whether there is one.
-        out_first: whether a weight is [out, in], as in torch.nn.Linear; ours are [in, out].
+        out_first: whether the weight is [out, in], as in torch.nn.Linear; ours are [in, out].
     """
-    axes = (1, 0) if out_first else ()
-    weights = [f"{name}.weight" for name in names]
-    entries = tensor(f"{path}.kernel", *weights, sizes=sizes, axes=axes)
-    if bias:
-        entries += tensor(f"{path}.bias", *[f"{name}.bias" for name in names], sizes=sizes)
-    return entries
+    entries = tensor(f"{path}.kernel", f"{name}.weight", (1, 0) if out_first else ())
+    return entries + (tensor(f"{path}.bias", f"{name}.bias") if bias else ())
 
 
 def norm(path: str, name: str, bias: bool = True) -> tuple[Entry, ...]:

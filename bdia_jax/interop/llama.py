@@ -85,7 +85,7 @@ def config(model: Llama, source: Mapping[str, Any]) -> dict[str, Any]:
         | (scaling or {}),
     }
     if model_type in ("llama", "qwen3"):
-        written["attention_bias"] = attention.qkv.bias is not None
+        written["attention_bias"] = attention.query.bias is not None
     if model_type == "llama":
         written["mlp_bias"] = blocks.mlp.out.bias is not None
         written["pretraining_tp"] = 1
@@ -105,18 +105,14 @@ def table(model: Llama) -> Table:
     """All tensors of a LlamaForCausalLM, and of the others."""
     blocks: Any = model.stack.blocks
     attention, has_mlp_bias = blocks.attention, blocks.mlp.out.bias is not None
-    heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
+    has_bias = attention.query.bias is not None
     layer, ours = "model.layers.{}", "stack.blocks"
-    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
     entries = (
         *tensor("embedding", "model.embed_tokens.weight"),
         *norm(f"{ours}.attention_norm", f"{layer}.input_layernorm", bias=False),
-        *linear(
-            f"{ours}.attention.qkv",
-            *qkv,
-            sizes=[attention.head_dim * count for count in heads],
-            bias=attention.qkv.bias is not None,
-        ),
+        *linear(f"{ours}.attention.query", f"{layer}.self_attn.q_proj", bias=has_bias),
+        *linear(f"{ours}.attention.key", f"{layer}.self_attn.k_proj", bias=has_bias),
+        *linear(f"{ours}.attention.value", f"{layer}.self_attn.v_proj", bias=has_bias),
         *linear(
             f"{ours}.attention.out",
             f"{layer}.self_attn.o_proj",
@@ -202,7 +198,7 @@ def _model_type(model: Llama, wanted: str | None) -> str:
     attention = blocks.attention
     has_mlp_bias = blocks.mlp.out.bias is not None
     has_window = attention.sliding_window is not None
-    biases = (attention.qkv.bias is not None, attention.out.bias is not None)
+    biases = (attention.query.bias is not None, attention.out.bias is not None)
     qk_norm = attention.q_norm is not None
     both, same = ((False, False), (True, True)), not qk_norm
     fits = {

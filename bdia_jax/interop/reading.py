@@ -11,7 +11,7 @@ from flax import nnx
 
 from bdia_jax.interop.architectures import format_of, read_architecture
 from bdia_jax.interop.files import Tensors
-from bdia_jax.interop.layout import Entry, Table
+from bdia_jax.interop.layout import Table
 
 
 def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **overrides) -> Any:
@@ -50,7 +50,7 @@ def read_params(folder: str | Path, model: Any, keep: Iterable[str] = ()) -> nnx
     """The parameters of a folder, for `nnx.update(model, ...)` or `nnx.merge`.
 
     Names and shapes of all tensors are checked before the first is read; then one is read at a
-    time, into place, so that no more than a parameter is held twice.
+    time, into place, so that no more than one tensor of all blocks is held twice.
 
     Args:
         folder: as in `load`.
@@ -69,24 +69,30 @@ def read_params(folder: str | Path, model: Any, keep: Iterable[str] = ()) -> nnx
         for path, variable in nnx.state(model, nnx.Param).flat_state()
     }
     check_covered(table, variables)
-    read = _not_kept(table.entries, keep)
+    kept = _kept(variables, keep)
+    read = [entry for entry in table.entries if not kept.issuperset(entry.paths)]
     flat = {}
     with Tensors(folder) as tensors:
         found = _find(table, tensors)
         _check_names_and_shapes(table, variables, read, tensors, found)
         _check_tied(table, tensors, found)
         for entry in read:
-            path, variable = variables[entry.path]
-            array = np.empty(variable.shape, variable.dtype)
-            for name, view in entry.views(array):
-                view[...] = tensors.read(found[name])
-            flat[path] = variable.replace(jnp.asarray(array))
+            ours = [variables[path] for path in entry.paths]
+            arrays = [np.empty(variable.shape, variable.dtype) for _, variable in ours]
+            for name, parts in entry.views(arrays):
+                ends = np.cumsum([part.shape[-1] for part in parts])
+                values = np.split(tensors.read(found[name]), ends[:-1], axis=-1)
+                for part, value in zip(parts, values, strict=True):
+                    part[...] = value
+            for dotted, (path, variable), array in zip(entry.paths, ours, arrays, strict=True):
+                if dotted not in kept:
+                    flat[path] = variable.replace(jnp.asarray(array))
     return nnx.State.from_flat_path(flat)
 
 
 def check_covered(table: Table, paths: Iterable[str]) -> None:
     """Raises ValueError unless the table is of just these parameters."""
-    difference = sorted({entry.path for entry in table.entries} ^ set(paths))
+    difference = sorted({path for entry in table.entries for path in entry.paths} ^ set(paths))
     if difference:
         raise ValueError(
             f"{', '.join(difference)}: parameters of the model or of its Hugging Face format, but "
@@ -94,22 +100,21 @@ def check_covered(table: Table, paths: Iterable[str]) -> None:
         )
 
 
-def _not_kept(entries: tuple[Entry, ...], keep: Iterable[str]) -> tuple[Entry, ...]:
+def _kept(paths: Iterable[str], keep: Iterable[str]) -> set[str]:
     kept = set()
     for prefix in keep:
-        below = {entry.path for entry in entries if f"{entry.path}.".startswith(f"{prefix}.")}
+        below = {path for path in paths if f"{path}.".startswith(f"{prefix}.")}
         if not below:
             raise ValueError(
-                f"keep has {prefix!r}, where the model has no parameter; it has "
-                f"{', '.join(entry.path for entry in entries)}"
+                f"keep has {prefix!r}, where the model has no parameter; it has {', '.join(paths)}"
             )
         kept |= below
-    return tuple(entry for entry in entries if entry.path not in kept)
+    return kept
 
 
 def _find(table: Table, tensors: Tensors) -> dict[str, str]:
     """Name in the format -> name in the folder, for all tensors there but those to ignore."""
-    names = {name for entry in table.entries for name in entry.names} | set(table.tied)
+    names = {entry.name for entry in table.entries} | set(table.tied)
     roots = {name.split(".")[0] for name in names}
     found = {}
     for name in tensors.names:
@@ -130,24 +135,24 @@ def _find(table: Table, tensors: Tensors) -> dict[str, str]:
 def _check_names_and_shapes(table, variables, read, tensors: Tensors, found) -> None:
     """Raises ValueError for a tensor that is missing, unexpected or of another shape."""
     known = set(table.tied)
+    params = {path: variable for path, (_, variable) in variables.items()}
     for entry in table.entries:
-        # holds no numbers: for the shapes of its views
-        array = np.broadcast_to(np.float32(0), variables[entry.path][1].shape)
-        shapes = {name: view.shape for name, view in entry.views(array)}
+        shapes = entry.shapes(params)
         known |= shapes.keys()
+        ours = ", ".join(entry.paths)
         for name, shape in shapes.items() if entry in read else ():
             if name not in found:
                 raise ValueError(
                     f"{name} is missing in {tensors.folder}; take a complete checkpoint of this "
-                    f'architecture, or leave {entry.path} as initialized: keep=("{entry.path}",)'
+                    f"architecture, or leave {ours} as initialized: keep={entry.paths}"
                 )
             actual = tensors.shape(found[name])
             if actual != shape:
                 raise ValueError(
                     f"{found[name]} in {tensors.file(found[name])} has shape {list(actual)}, but "
-                    f"{list(shape)} would fit {entry.path} {variables[entry.path][1].shape} of the "
-                    "model; build the model that config.json describes (interop.read_architecture)"
-                    f', or leave the parameter as initialized: keep=("{entry.path}",)'
+                    f"{list(shape)} would fit {ours} of the model; build the model that "
+                    "config.json describes (interop.read_architecture), or leave this as "
+                    f"initialized: keep={entry.paths}"
                 )
     for full, name in found.items():
         if full not in known:

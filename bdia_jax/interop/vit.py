@@ -80,7 +80,7 @@ def config(model: ViT, source: Mapping[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": model.norm.epsilon,
         "hidden_dropout_prob": model.dropout.rate,
         "attention_probs_dropout_prob": 0.0,
-        "qkv_bias": blocks.attention.qkv.bias is not None,
+        "qkv_bias": blocks.attention.query.bias is not None,
     }
 
 
@@ -88,9 +88,7 @@ def table(model: ViT) -> Table:
     """All tensors of a ViTForImageClassification."""
     layer, blocks = "vit.encoder.layer.{}", "stack.blocks"
     attention = f"{layer}.attention"
-    has_bias = "stack.blocks.attention.qkv.bias" in param_shapes(model)
-    width = model.patches.kernel.shape[-1]
-    qkv = [f"{attention}.attention.{name}" for name in ("query", "key", "value")]
+    has_bias = "stack.blocks.attention.query.bias" in param_shapes(model)
     embeddings = "vit.embeddings"
     projection = f"{embeddings}.patch_embeddings.projection"
     return Table(
@@ -101,7 +99,9 @@ def table(model: ViT) -> Table:
             *tensor("patches.kernel", f"{projection}.weight", axes=(3, 2, 0, 1)),
             *tensor("patches.bias", f"{projection}.bias"),
             *norm(f"{blocks}.attention_norm", f"{layer}.layernorm_before"),
-            *linear(f"{blocks}.attention.qkv", *qkv, sizes=(width,) * 3, bias=has_bias),
+            *linear(f"{blocks}.attention.query", f"{attention}.attention.query", bias=has_bias),
+            *linear(f"{blocks}.attention.key", f"{attention}.attention.key", bias=has_bias),
+            *linear(f"{blocks}.attention.value", f"{attention}.attention.value", bias=has_bias),
             *linear(f"{blocks}.attention.out", f"{attention}.output.dense"),
             *norm(f"{blocks}.mlp_norm", f"{layer}.layernorm_after"),
             *linear(f"{blocks}.mlp.hidden", f"{layer}.intermediate.dense"),

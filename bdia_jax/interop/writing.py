@@ -1,6 +1,7 @@
 """A model as a Hugging Face folder."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -134,10 +135,8 @@ def _shards(entries, params, max_shard_bytes: int) -> list[dict[str, Entry]]:
     """The tensors of each file and the entries they belong to, filled in order."""
     shards, room = [], 0
     for entry in entries:
-        # holds no numbers: for the shapes of its views
-        array = np.broadcast_to(np.float32(0), params[entry.path].shape)
-        for name, view in entry.views(array):
-            num_bytes = 4 * view.size
+        for name, shape in entry.shapes(params).items():
+            num_bytes = 4 * math.prod(shape)
             if not shards or num_bytes > room:
                 shards.append({})
                 room = max_shard_bytes
@@ -149,9 +148,11 @@ def _shards(entries, params, max_shard_bytes: int) -> list[dict[str, Entry]]:
 def _write_shard(file: Path, shard: Mapping[str, Entry], params: Mapping[str, Any]) -> None:
     values = {}
     for entry in dict.fromkeys(shard.values()):
-        for name, view in entry.views(np.asarray(params[entry.path])):
+        for name, parts in entry.views([np.asarray(params[path]) for path in entry.paths]):
             if name in shard:
-                values[name] = np.ascontiguousarray(view, np.float32)
+                # one alone is not copied
+                value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+                values[name] = np.ascontiguousarray(value, np.float32)
                 check_finite(name, values[name], "the model")
     save_file(values, file, metadata={"format": "pt"})  # transformers asks for it
     shutil.copymode(file.with_name(CONFIG), file)  # safetensors lets only the owner read it

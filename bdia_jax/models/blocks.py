@@ -27,9 +27,9 @@ class Attention(nnx.Module):
         num_heads: H, divides width.
         dropout_rate: of the output.
         dtype: of the matrix products; parameters stay float32.
-        qkv_bias: bias of the input projection.
+        qkv_bias: whether the three input projections have a bias.
         is_causal: whether a token sees only itself and those before it.
-        kernel_init, out_init: of the input and the output projection.
+        kernel_init, out_init: of the input and the output projections.
         implementation: "xla", "cudnn" (flash attention), or None: cuDNN where it can be used.
     """
 
@@ -52,9 +52,10 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.is_causal = is_causal
         self.implementation = implementation
-        self.qkv = nnx.Linear(
-            width, 3 * width, dtype=dtype, use_bias=qkv_bias, kernel_init=kernel_init, rngs=rngs
-        )
+        options = {"dtype": dtype, "use_bias": qkv_bias, "kernel_init": kernel_init, "rngs": rngs}
+        self.query = nnx.Linear(width, width, **options)
+        self.key = nnx.Linear(width, width, **options)
+        self.value = nnx.Linear(width, width, **options)
         self.out = _residual_linear(width, width, dtype=dtype, kernel_init=out_init, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.cache: Cache | None = nnx.data(None)
@@ -67,7 +68,7 @@ class Attention(nnx.Module):
         Raises:
             ValueError: a mask with a `Cache`, which brings its own.
         """
-        q, k, v = (_heads(y, self.num_heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        q, k, v = (_heads(y, self.num_heads) for y in (self.query(x), self.key(x), self.value(x)))
         is_causal, implementation = self.is_causal, self.implementation
         if self.cache is not None:
             if mask is not None:
@@ -141,8 +142,10 @@ class CrossAttention(nnx.Module):
         check_implementation(implementation)
         self.num_heads = num_heads
         self.implementation = implementation
-        self.query = nnx.Linear(width, width, dtype=dtype, use_bias=False, rngs=rngs)
-        self.key_value = nnx.Linear(width, 2 * width, dtype=dtype, use_bias=False, rngs=rngs)
+        options = {"dtype": dtype, "use_bias": False, "rngs": rngs}
+        self.query = nnx.Linear(width, width, **options)
+        self.key = nnx.Linear(width, width, **options)
+        self.value = nnx.Linear(width, width, **options)
         self.out = _residual_linear(width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.cache: MemoryCache | None = nnx.data(None)
@@ -162,8 +165,7 @@ class CrossAttention(nnx.Module):
 
     def project(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The memory's keys and values, each [B, S, H, D/H]."""
-        k, v = jnp.split(self.key_value(memory), 2, axis=-1)
-        return _heads(k, self.num_heads), _heads(v, self.num_heads)
+        return _heads(self.key(memory), self.num_heads), _heads(self.value(memory), self.num_heads)
 
 
 class MemoryCache(nnx.Module):

@@ -61,9 +61,9 @@ class LinformerAttention(Attention):
             raise ValueError(f"x has shape {x.shape}, expected num_tokens = {num_tokens} tokens")
         if mask is not None:
             raise ValueError("mask given, but tokens are mixed before attention; use Attention")
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        k = _mix_tokens(self.project_keys[...], k)
-        v = _mix_tokens(self.project_values[...], v)
+        q = self.query(x)
+        k = _mix_tokens(self.project_keys[...], self.key(x))
+        v = _mix_tokens(self.project_values[...], self.value(x))
         q, k, v = (y.reshape(*y.shape[:-1], self.num_heads, -1) for y in (q, k, v))
         attended = attend(q, k, v, implementation=self.implementation)
         return self.dropout(self.out(attended.reshape(x.shape)))

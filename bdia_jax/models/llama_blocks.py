@@ -28,13 +28,13 @@ class RotaryAttention(nnx.Module):
         num_kv_heads: of keys and values, divides H; each serves H / num_kv_heads queries.
         head_dim: d, even; width / H by default.
         rope_theta, rope_scaling: the frequencies of the positions, see `rope_frequencies`.
-        qkv_bias, out_bias: whether the input and the output projection have a bias.
+        qkv_bias, out_bias: whether the input and the output projections have a bias.
         qk_norm: whether queries and keys are normalized, each head by itself, before they turn.
         epsilon: of that normalization.
         sliding_window: a token sees itself and that many less one before it; None: all.
         dropout_rate: of the output.
         dtype: of the matrix products; parameters stay float32.
-        kernel_init, out_init: of the input and the output projection.
+        kernel_init, out_init: of the input and the output projections.
         implementation: as in `attend`. A window smaller than T is a mask, which is for "xla".
 
     Raises:
@@ -70,21 +70,17 @@ class RotaryAttention(nnx.Module):
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.sliding_window = sliding_window
         self.implementation = implementation
-        out_of_heads = num_heads * self.head_dim
-        self.qkv = nnx.Linear(
-            width,
-            out_of_heads + 2 * num_kv_heads * self.head_dim,
-            dtype=dtype,
-            use_bias=qkv_bias,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
+        inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        options = {"dtype": dtype, "use_bias": qkv_bias, "kernel_init": kernel_init, "rngs": rngs}
+        self.query = nnx.Linear(width, inner, **options)
+        self.key = nnx.Linear(width, kv_inner, **options)
+        self.value = nnx.Linear(width, kv_inner, **options)
         self.q_norm = self.k_norm = nnx.data(None)
         if qk_norm:
             self.q_norm = _norm(self.head_dim, epsilon=epsilon, rngs=rngs)
             self.k_norm = _norm(self.head_dim, epsilon=epsilon, rngs=rngs)
         self.out = _residual_linear(
-            out_of_heads, width, dtype=dtype, use_bias=out_bias, kernel_init=out_init, rngs=rngs
+            inner, width, dtype=dtype, use_bias=out_bias, kernel_init=out_init, rngs=rngs
         )
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.cache: Cache | None = nnx.data(None)
@@ -119,10 +115,10 @@ class RotaryAttention(nnx.Module):
 
     def _project(self, x, positions):
         """q [B, T, H, d], k and v [B, T, num_kv_heads, d]; q and k normalized and turned."""
-        qkv = self.qkv(x)
-        qkv = qkv.reshape(*x.shape[:-1], -1, self.head_dim)
-        ends = (self.num_heads, self.num_heads + self.num_kv_heads)
-        q, k, v = jnp.split(qkv, ends, axis=-2)
+        q, k, v = (
+            y.reshape(*x.shape[:-1], -1, self.head_dim)
+            for y in (self.query(x), self.key(x), self.value(x))
+        )
         frequencies = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
         def turn(heads, norm):
