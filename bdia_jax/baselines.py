@@ -20,6 +20,7 @@ from bdia_jax.float_scan import (
     two_stream,
 )
 from bdia_jax.recurrence import sample_gamma
+from bdia_jax.sharding import constrain
 from bdia_jax.stacked import Pure, Stack, call_whole, draw
 
 
@@ -43,6 +44,7 @@ class _FloatStack(Stack):
             rngs: streams "gamma" and "dropout" (or a default) for this call, in place of the
                 stack's own.
         """
+        x = constrain(x, self.mesh)
         pure, coefficients = self._prepare(x, rngs)
         states, aux = float_scan(
             pure.block_fns,

@@ -15,6 +15,7 @@ from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.parts import choose_parts
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
+from bdia_jax.sharding import constrain
 from bdia_jax.stacked import Stack, call_branch, call_whole, draw, stacked_params
 
 __all__ = ["BDIAStack", "stacked_params"]
@@ -46,6 +47,9 @@ class BDIAStack(Stack):
             unchanged transformer. May be set later too (`stack.inference_gamma = 0.2`).
         dtype: what the blocks compute in (jnp.bfloat16), None if they decide: see below. May be
             set later too (`stack.dtype = None`).
+        mesh: of `bdia_jax.sharding.make_mesh`, to split x, and with it states and side bits, over
+            many devices; parameters are the caller's to split (`param_shardings`). None: x stays
+            as it comes. May be set later too.
 
     Attributes:
         blocks: one block module whose variables are stacked on a leading axis K.
@@ -110,8 +114,9 @@ class BDIAStack(Stack):
         token_chunks: int = 1,
         inference_gamma: float = 0.0,
         dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
-        options = {"backprop": backprop, "has_aux": has_aux, "dtype": dtype}
+        options = {"backprop": backprop, "has_aux": has_aux, "dtype": dtype, "mesh": mesh}
         super().__init__(make_block, depth, rngs=rngs, **options)
         self.magnitude = magnitude
         self.fixed_point = fixed_point
@@ -141,9 +146,10 @@ class BDIAStack(Stack):
                 stack's own.
 
         Raises:
-            ValueError: as `bdia_scan`.
+            ValueError: as `bdia_scan`, and as `bdia_jax.sharding.state_sharding` with a mesh.
         """
         rngs = self.rngs if rngs is None else rngs
+        x = constrain(x, self.mesh)
         gamma = self._gamma(x.shape[0], rngs)
         backprop = self.backprop
         if self.deterministic and gamma is not None and backprop == "reversible":
@@ -167,6 +173,7 @@ class BDIAStack(Stack):
                 "nothing is rebuilt; call train() and set a FixedPoint"
             )
         rngs = self.rngs if rngs is None else rngs
+        x = constrain(x, self.mesh)
         gamma = self._gamma(x.shape[0], rngs)
         pure, block_fn, chunks = self._parts(x, rngs)
         options = {"fixed_point": self.fixed_point, "has_aux": True}

@@ -18,7 +18,7 @@ class Stack(nnx.Module):
         depth: K, the number of blocks.
         rngs: initializes the blocks, one key a block, and seeds the stack's own streams
             "gamma" and "dropout".
-        backprop, has_aux, dtype: as in the stack.
+        backprop, has_aux, dtype, mesh: as in the stack.
 
     Attributes:
         blocks: one block module whose variables are stacked on a leading axis K.
@@ -35,6 +35,7 @@ class Stack(nnx.Module):
         backprop: str = "reversible",
         has_aux: bool = False,
         dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         if depth < 1:
             raise ValueError(f"depth is {depth}, expected at least one block")
@@ -46,6 +47,7 @@ class Stack(nnx.Module):
         self.has_aux = has_aux
         self.deterministic = False
         self.dtype = dtype
+        self.mesh = mesh
 
     @property
     def dtype(self) -> Any:

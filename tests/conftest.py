@@ -7,7 +7,7 @@ import sys
 _FLAG = "--xla_force_host_platform_device_count"
 if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
     # only the CPU platform reads this; on a GPU it changes nothing
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=4".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
