@@ -18,7 +18,7 @@ from bdia_jax import interop
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.vit import ViT
 from configs import gpt2_e2e, gpt2_openwebtext, resnet15_cifar10, translation_enfr, vit_digits
-from train.checkpoint import Checkpoints, open_workdir
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.export import export
 from train.log import read_records
@@ -26,6 +26,7 @@ from train.pretrained import keep_description, read_params
 from train.program import make_program
 from train.restore import open_run
 from train.train import load_task, train
+from train.workdir import open_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

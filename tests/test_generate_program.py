@@ -33,7 +33,7 @@ def small_gpt2(vocab_size=257, **options):
     model = filled(
         lambda: GPT2(vocab_size, 32, width=16, depth=3, num_heads=2, mlp_dim=24, **options,
                      rngs=nnx.Rngs(0)),
-        seed=4,
+        seed=52,
     )  # fmt: skip
     model.eval()
     return model

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from configs import resnet15_cifar10, vit_cifar10, vit_cifar100, vit_digits
-from train.checkpoint import Checkpoints, open_workdir
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.log import draw_curve, read_records
 from train.program import make_program
 from train.train import load_task, train
+from train.workdir import open_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -169,7 +170,7 @@ def test_loss_falls(tmp_path, data_dir):
 
 def test_not_finite_stops_before_saving(tmp_path, data_dir):
     config = tiny(data_dir, learning_rate=1e30, grad_clip_norm=0.0, warmup_steps=0)
-    with pytest.raises(ValueError, match=r"is (nan|inf) at step \d.*learning_rate"):
+    with pytest.raises(ValueError, match=r"step \d is not finite.*learning_rate"):
         train(config, str(tmp_path))
     assert int(final_state(tmp_path, config)["step"]) <= 2
 

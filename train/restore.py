@@ -10,13 +10,14 @@ from flax import nnx
 from bdia_jax import interop, lora
 from bdia_jax.models.transformer import Transformer
 from train.causal_lm import make_causal_lm
-from train.checkpoint import Checkpoints, read_config
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.inputs import DataToTextInput, ImageInput, TextInput
 from train.pretrained import FOLDER
 from train.state import Training
 from train.tokens import Bpe, Tokenizer, open_tokenizer
 from train.train import load_task
+from train.workdir import read_config
 
 
 class Run(NamedTuple):
@@ -32,13 +33,14 @@ class Run(NamedTuple):
     config: Config | None
 
 
-def open_run(folder: str | Path, data_dir: str = "") -> Run:
+def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> Run:
     """The model of a workdir's newest checkpoint, or of a Hugging Face folder.
 
     Args:
         folder: either of them. What a run was initialized from is not needed any more.
         data_dir: where TFDS keeps its data, "" for the run's; only images need theirs, for the
             size and the number of classes.
+        best: the checkpoint with the best evaluation instead of the newest.
 
     Raises:
         FileNotFoundError: no such folder, or no checkpoint in it yet.
@@ -53,8 +55,8 @@ def open_run(folder: str | Path, data_dir: str = "") -> Run:
         )
     try:
         is_hugging_face = "model_type" in json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no config.json: {error}") from error
     if is_hugging_face:
         model = interop.load(path, rngs=nnx.Rngs(0))
         model.eval()
@@ -69,8 +71,8 @@ def open_run(folder: str | Path, data_dir: str = "") -> Run:
         config = dataclasses.replace(config, init_from=str(path / FOLDER))
     tokenizer = _tokenizer(path, config)
     training = Training(config, _make_model(config, tokenizer))
-    with Checkpoints(path) as checkpoints:
-        state = checkpoints.restore(training.init)
+    with Checkpoints(path, read_only=True) as checkpoints:  # it may be training still
+        state = checkpoints.restore(training.abstract_state, best=best)
     model = training.models(state)[0]
     lora.merge(model)
     return Run(model, tokenizer, config)
