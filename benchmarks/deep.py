@@ -109,7 +109,7 @@ def plan(config: Config, make_stack: Maker, limit: int | None) -> dict[str, Any]
     try:
         task = digits_task(config, make_stack)
         program = make_program(config, task)
-        return _planned(program, compile_steps(program, task), limit)
+        return _planned(program, compile_steps(program), limit)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -145,7 +145,7 @@ def run(
     make_bdia = partial(BDIAStack, batch_chunks=size.parts)
     task = digits_task(config, make_bdia)
     program = make_program(config, task)
-    train_steps = compile_steps(program, task)
+    train_steps = compile_steps(program)
     plans = {"bdia": _planned(program, train_steps, limit)}
     plans |= {name: plan(config, VARIANTS[name], limit) for name in names}
     for name, row in plans.items():

@@ -42,7 +42,7 @@ def measure(run: str, changes: dict[str, Any], vocab_size: int = _VOCAB_SIZE) ->
     task = load_task(config)  # its byte ids are stand-ins for GPT-2's
     task = task._replace(make_model=make_causal_lm(config, vocab_size, config.input.length))  # pyright: ignore
     program = make_program(config, task)
-    memory = memory_report(compile_steps(program, task))
+    memory = memory_report(compile_steps(program))
     data = sum(array.nbytes for array in jax.tree.leaves(task.train_groups))
     trained = jax.tree.leaves(jax.eval_shape(program.init)["params"])
     return {

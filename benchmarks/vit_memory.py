@@ -50,7 +50,7 @@ def measure(run: str, changes: dict) -> dict[str, int]:
     images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
     task = make_task(config, images, images, num_classes=10)
     program = make_program(config, task)
-    memory = memory_report(compile_steps(program, task))
+    memory = memory_report(compile_steps(program))
     state = memory.arguments - images.images.nbytes - images.labels.nbytes
     parameters = jax.tree.leaves(jax.eval_shape(program.init)["params"])
     parameter_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,9 +24,9 @@ class Sentences(NamedTuple):
     start, stop: int32 [N]: the reference and the end of text behind it are tokens[start:stop].
     """
 
-    tokens: jax.Array
-    start: jax.Array
-    stop: jax.Array
+    tokens: Any
+    start: Any
+    stop: Any
 
 
 def load(config: Config) -> Task:
@@ -96,8 +95,8 @@ def load(config: Config) -> Task:
         return {name: [score[name] for score in scores] for name in scores[0]}
 
     return Task(
-        (jax.tree.map(jnp.asarray, train),),
-        (jax.tree.map(jnp.asarray, held_out),),
+        (train,),
+        (held_out,),
         make_causal_lm(config, tokenizer.vocab_size, options.length),
         lambda key, batch: batch,
         metrics,

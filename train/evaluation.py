@@ -5,12 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from train.shards import take
 from train.task import Arrays, MetricsFn, group_size
 
 
 def group_totals(
-    model: Any, metrics: MetricsFn, group: Arrays, batch_size: int
+    model: Any,
+    metrics: MetricsFn,
+    group: Arrays,
+    batch_size: int,
+    count: int | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, weight), float32 [], of every metric over a group, in batches inside one program.
 
@@ -20,16 +27,18 @@ def group_totals(
         group: the examples.
         batch_size: examples at once; the last batch may reach beyond the end, and counts what
             is inside.
+        count: how many examples, if some of the group are padding.
+        mesh: over which the group is placed.
     """
     graphdef, state = nnx.split(model)
-    count = group_size(group)
+    count = group_size(group) if count is None else count
     size = min(batch_size, count)
 
     def batch_totals(first):
         index = first + jnp.arange(size)
         inside = (index < count).astype(jnp.float32)
         index = jnp.minimum(index, count - 1)
-        batch = jax.tree.map(lambda array: array[index], group)
+        batch = take(group, index, mesh)
         here = nnx.merge(
             graphdef, state, copy=True
         )  # a model that writes its state may do so in the loop

@@ -12,8 +12,10 @@ from bdia_jax.audit import Audit
 from bdia_jax.nnx import BDIAStack
 from train.batches import Batches
 from train.config import Config
+from train.mesh import open_mesh
+from train.shards import place, take, to_host
 from train.state import keys
-from train.task import Task, group_size
+from train.task import Task
 
 # An audit keeps all states, training does not: audit fewer examples if they would take more.
 _AUDIT_BYTES = 2**31
@@ -59,17 +61,17 @@ def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, An
 
 def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.Array, tuple]]:
     """Path of each stack in the model -> (x, consts) it is called with in the first step."""
-    batches = Batches([group_size(group) for group in task.train_groups], config.batch_size)
+    batches, mesh = Batches(task.train_sizes, config.batch_size), open_mesh(config.mesh)
     epoch, group, position = batches.locate(jnp.int32(0))
-    examples = task.train_groups[int(group)]
+    examples = place(task.train_groups[int(group)], batches.sizes[int(group)], mesh)
     _, data_key, step_key = keys(jnp.int32(config.seed))
     index = batches.examples(data_key, int(group), epoch, position)
     prepare_key, model_key = jax.random.split(jax.random.fold_in(step_key, 0))
+    batch = to_host(jax.jit(lambda examples: take(examples, index, mesh))(examples))
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def record(state, examples):
-        batch = jax.tree.map(lambda array: array[index], examples)
+    def record(state, batch):
         copy = nnx.merge(graphdef, state)
         copy.train()
         stacks = _stacks(copy)
@@ -78,7 +80,7 @@ def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.
         task.metrics(copy, task.prepare(prepare_key, batch), nnx.Rngs(model_key))
         return [stack.inputs for stack in stacks.values()]
 
-    return dict(zip(_stacks(model), record(state, examples), strict=True))
+    return dict(zip(_stacks(model), record(state, batch), strict=True))
 
 
 def _stacks(model: Any) -> dict[Any, Any]:

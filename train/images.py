@@ -1,5 +1,6 @@
 """Image classification: small image sets, kept on the device as uint8, augmented there."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,22 +20,31 @@ from train.config import Config
 from train.datasets.registry import in_chunks, open_split
 from train.evaluation import group_totals
 from train.inputs import ImageInput
+from train.mesh import open_mesh
 from train.model_config import ResNetConfig
+from train.shards import local_rows
 from train.task import Metrics, Task
 
 
 class Images(NamedTuple):
     """images: uint8 [N, height, width, channels]; labels: int32 [N]."""
 
-    images: jax.Array
-    labels: jax.Array
+    images: Any
+    labels: Any
 
 
 def load(config: Config) -> Task:
-    """The task of a config whose input is an `ImageInput`."""
-    train, num_classes = load_images(config.dataset, config.train_split, config.data_dir)
+    """The task of a config whose input is an `ImageInput`.
+
+    Of the training images a process reads its share.
+    """
+    where = (config.dataset, config.train_split, config.data_dir)
+    count = len(open_split(*where)[0])
+    train, num_classes = load_images(*where, local_rows(count, open_mesh(config.mesh)).tolist())
     held_out, _ = load_images(config.dataset, config.eval_split, config.data_dir)
-    return make_task(config, train, held_out, num_classes)
+    return make_task(config, train, held_out, num_classes)._replace(
+        train_counts=(count,), describe=f"{count:,} images of {config.dataset}"
+    )
 
 
 def make_task(config: Config, train: Images, held_out: Images, num_classes: int) -> Task:
@@ -77,23 +87,26 @@ def make_task(config: Config, train: Images, held_out: Images, num_classes: int)
     )
 
 
-def load_images(name: str, split: str, data_dir: str = "") -> tuple[Images, int]:
-    """A whole split of an image classification set, and its number of classes.
+def load_images(
+    name: str, split: str, data_dir: str = "", rows: Sequence[int] | None = None
+) -> tuple[Images, int]:
+    """A split of an image classification set, and its number of classes.
 
     Args:
         name: a data set with features "image" (all of one shape) and "label".
         split: a TFDS split, slices such as "train[:90%]" included.
         data_dir: where TFDS keeps its data; "" for its default.
+        rows: which examples; all by default, others are not read.
 
     Raises:
         FileNotFoundError, ValueError: as `train.datasets.registry.open_split`.
     """
     source, builder = open_split(name, split, data_dir, "image", "label")
-    examples = [(example["image"], example["label"]) for example in in_chunks(source)]
+    examples = [(example["image"], example["label"]) for example in in_chunks(source, rows)]
     images = np.stack([image for image, _ in examples])
     labels = np.asarray([label for _, label in examples], np.int32)
     num_classes = builder.info.features["label"].num_classes
-    return Images(jnp.asarray(images), jnp.asarray(labels)), num_classes
+    return Images(images, labels), num_classes
 
 
 def normalize(images: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from bdia_jax.generate import generate
@@ -19,7 +20,7 @@ from train.tokens import open_tokenizer
 class Sequences(NamedTuple):
     """tokens: int32 [N, length + 1], each a window of the packed documents."""
 
-    tokens: jax.Array
+    tokens: Any
 
 
 def load(config: Config) -> Task:
@@ -31,9 +32,7 @@ def load(config: Config) -> Task:
     )
     tokenizer = open_tokenizer(options.tokenizer, config.init_from, texts, options.vocab_size)
     train, held_out = (
-        jnp.asarray(
-            load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
-        )
+        load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
         for split in (config.train_split, config.eval_split)
     )
 
@@ -53,9 +52,11 @@ def load(config: Config) -> Task:
         start = options.length // 4
         prompts = held_out[:, :start]
         of_one_document = (prompts[:, 1:] != tokenizer.end_of_text).all(-1)  # no mask here
-        prompt = prompts[jnp.argsort(~of_one_document)[:4]]
+        prompt = prompts[np.argsort(~of_one_document, stable=True)[:4]]
         key = jax.random.key(config.seed)
-        tokens = generate(models[0], prompt, options.length - start, key=key, temperature=0.8)
+        tokens = generate(
+            models[0], jnp.asarray(prompt), options.length - start, key=key, temperature=0.8
+        )
         samples = [
             f"{tokenizer.decode(row[:start])}\n--- continued:\n{tokenizer.decode(row[start:])}\n"
             for row in tokens.tolist()

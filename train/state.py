@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdia_jax import lora
-from bdia_jax.nnx import stacked_params
+from bdia_jax.sharding import set_mesh
+from bdia_jax.stacked import stacked_params
 from train.config import Config
 from train.inputs import ImageInput
+from train.mesh import state_shardings
 from train.optimizer import make_optimizer
+from train.shards import to_host
 
 # "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
 # adapters only), "stats" (batch statistics), "opt_state". With num_seeds > 1 all but the step have
@@ -26,23 +30,43 @@ class Training:
     Args:
         config: the run's.
         make_model: (rngs) -> the model, without adapters.
+        mesh: the devices, None for one.
 
     Attributes:
         tx: the optimizer.
         abstract: the model without adapters, shapes only.
+        abstract_state: shapes, dtypes and shardings of the state.
     """
 
-    def __init__(self, config: Config, make_model: Callable[[nnx.Rngs], nnx.Module]):
+    def __init__(
+        self,
+        config: Config,
+        make_model: Callable[[nnx.Rngs], nnx.Module],
+        mesh: Mesh | None = None,
+    ):
         self._config = config
+        self._mesh = mesh
         self._trained = _trained(config)
         self.abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._make_model = make_model
         model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
-        self._graphdef, *_ = self._split(model)
+        self._local_graphdef = self._graphdef = self._split(model)[0]
+        if mesh is not None:
+            _check_seeds(config)
+            set_mesh(model, mesh)
+            self._graphdef = self._split(model)[0]
         stacked = nnx.filter_state(stacked_params(model), self._trained)
         self.tx: optax.GradientTransformation = make_optimizer(config, nnx.to_pure_dict(stacked))
         # every call brings its own random streams; these keys only complete the model
         self._rng_state = jax.jit(lambda: self._split(self._make(nnx.Rngs(0)))[4])()
+        self.abstract_state = jax.eval_shape(self._init, None)
+        self._shardings = None
+        if mesh is not None:
+            self._shardings = state_shardings(self.abstract_state, model, self.tx, mesh)
+            self.abstract_state = jax.tree.map(
+                lambda leaf, its: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=its),
+                *(self.abstract_state, self._shardings),
+            )
 
     def init(self, pretrained: Any = None) -> State:
         """The state before the first step.
@@ -50,11 +74,14 @@ class Training:
         Args:
             pretrained: nested dict of parameters in place of random ones.
         """
+        return jax.jit(self._init, out_shardings=self._shardings)(pretrained)
+
+    def _init(self, pretrained: Any) -> State:
         count = self._config.num_seeds
         seeds = self._config.seed + jnp.arange(count, dtype=jnp.int32)
         one = self._init_one if count > 1 else lambda seeds, its: self._init_one(seeds[0], its)
         function = jax.vmap(one, in_axes=(0, None)) if count > 1 else one
-        return jax.jit(function)(seeds, pretrained) | {"step": jnp.zeros([], jnp.int32)}
+        return function(seeds, pretrained) | {"step": jnp.zeros([], jnp.int32)}
 
     def _init_one(self, seed: jax.Array, pretrained: Any) -> State:
         model = self._make(nnx.Rngs(keys(seed)[0]))
@@ -71,16 +98,28 @@ class Training:
         values = weights(state)
         return nnx.merge(self._graphdef, *values.values(), self._rng_state)
 
+    def out_shardings(self, with_state: bool) -> Any:
+        """Of (state, metrics), or of metrics alone; None without a mesh."""
+        if self._mesh is None:
+            return None
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        return (self._shardings, whole) if with_state else whole
+
     def models(self, state: State) -> list[Any]:
-        """The models, one a seed, in evaluation mode."""
+        """The models, one a seed, in evaluation mode, on one device of this process.
+
+        With several processes all have to call it.
+        """
         values = weights(state)
+        if self._mesh is not None:
+            values = jax.tree.map(jnp.asarray, to_host(values))
         each = [values]
         if self._config.num_seeds > 1:
             each = [
                 jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
                 for seed in range(self._config.num_seeds)
             ]
-        merged = [self.merge(one) for one in each]
+        merged = [nnx.merge(self._local_graphdef, *one.values(), self._rng_state) for one in each]
         for model in merged:
             model.eval()
         return merged
@@ -114,6 +153,14 @@ def _trained(config: Config) -> Any:
     if isinstance(config.input, ImageInput):
         return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
     return nnx.LoRAParam
+
+
+def _check_seeds(config: Config) -> None:
+    if config.num_seeds > 1:
+        raise ValueError(
+            f"num_seeds is {config.num_seeds} with a mesh of several devices; train one seed at a "
+            "time there, or all of them on one device"
+        )
 
 
 def weights(state: State) -> State:

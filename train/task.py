@@ -19,7 +19,7 @@ MetricsFn = Callable[[Any, Arrays, nnx.Rngs | None], Metrics]
 class Task(NamedTuple):
     """A task, as `train.images`, `train.language` and `train.translation` load it.
 
-    train_groups, eval_groups: the examples, on the device, one pytree for each shape.
+    train_groups, eval_groups: the examples, one pytree of arrays for each shape.
     make_model: (rngs) -> model.
     prepare: (key, batch) -> batch, inside the training step: augmentation.
     metrics: (model, batch, rngs) -> Metrics; "loss" is what training descends. rngs is None
@@ -28,6 +28,7 @@ class Task(NamedTuple):
     finish: (models, workdir) -> final metrics, a value for each model: what to measure and
         write once training has ended. A model for each seed, in evaluation mode.
     tokenizer: of a text; a byte-pair encoding is saved in the workdir.
+    train_counts: examples in each training group, if this process has only its share of them.
     """
 
     train_groups: tuple[Arrays, ...]
@@ -38,6 +39,17 @@ class Task(NamedTuple):
     describe: str
     finish: Callable[[list[Any], Path], dict[str, list[float]]]
     tokenizer: Tokenizer | None = None
+    train_counts: tuple[int, ...] | None = None
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Examples in each training group, those of all processes."""
+        return self.train_counts or tuple(map(group_size, self.train_groups))
+
+    @property
+    def eval_sizes(self) -> tuple[int, ...]:
+        """Examples in each evaluation group; every process has them all."""
+        return tuple(map(group_size, self.eval_groups))
 
 
 def group_size(group: Arrays) -> int:

@@ -4,7 +4,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import sacrebleu
@@ -63,8 +62,8 @@ def load(config: Config) -> Task:
     count = sum(len(bucket.source) for bucket in train)
     note = f" (too long and left out: {train_dropped}, and {eval_dropped} held-out ones)"
     return Task(
-        tuple(jax.tree.map(jnp.asarray, bucket) for bucket in train),
-        tuple(jax.tree.map(jnp.asarray, bucket) for bucket in held_out),
+        tuple(train),
+        tuple(held_out),
         make_model,
         lambda key, batch: batch,
         _metrics,

@@ -1,0 +1,88 @@
+"""The devices of a run: `config.mesh`, and what of the training state is split how over them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bdia_jax.sharding import AXES, make_mesh, param_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (`bdia_jax.sharding.make_mesh`); data=-1: all the rest.
+
+    data splits the batch; fsdp the batch, parameters, gradients and optimizer state; tensor heads
+    and hidden features; sequence the tokens. The result is the same to rounding whatever they are,
+    and a run may be resumed with others.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    sequence: int
+
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            if size < 1 and not (name == "data" and size == -1):
+                raise ValueError(f"mesh.{name} is {size}, expected at least 1, or -1 for mesh.data")
+
+
+def open_mesh(config: MeshConfig) -> Mesh | None:
+    """The mesh of all devices of all processes; None for one device alone.
+
+    Raises:
+        ValueError: more devices than there are; with several processes, also fewer.
+    """
+    sizes = dataclasses.asdict(config)
+    devices = jax.devices()
+    if config.data == -1:
+        others = config.fsdp * config.tensor * config.sequence
+        sizes["data"] = len(devices) // others
+        if len(devices) % others:
+            raise ValueError(
+                f"mesh.data is -1, but {others} (fsdp * tensor * sequence) does not divide the "
+                f"{len(devices)} devices"
+            )
+    count = math.prod(sizes.values())
+    if jax.process_count() > 1 and count != len(devices):
+        raise ValueError(
+            f"the mesh has {count} devices, the {jax.process_count()} processes have "
+            f"{len(devices)}; set --config.mesh.data=-1, or sizes whose product is {len(devices)}"
+        )
+    return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes)
+
+
+def state_shardings(state: Any, model: nnx.Module, tx: optax.GradientTransformation, mesh: Mesh):
+    """The sharding of each leaf of a training state: parameters, moments like them, the rest whole.
+
+    Args:
+        state: abstract, as of `Training.init`.
+        model: abstract, of which `state` has the parameters.
+        tx: the optimizer.
+        mesh: of `open_mesh`.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    by_path = dict(param_shardings(model, mesh).flat_state())
+
+    def of_params(params):
+        flat = {path: by_path[path].get_value() for path in nnx.traversals.flatten_mapping(params)}
+        return nnx.traversals.unflatten_mapping(flat)
+
+    shardings = jax.tree.map(lambda leaf: whole, state)
+    for name in ("params", "frozen"):
+        if name in state:
+            shardings[name] = of_params(state[name])
+    shardings["opt_state"] = optax.tree_map_params(
+        tx,
+        lambda leaf, sharding: sharding,
+        state["opt_state"],
+        shardings["params"],
+        transform_non_params=lambda leaf: whole,
+    )
+    return shardings
