@@ -108,6 +108,8 @@ def scale_by_set_adam(
 def _evenness(v, axes):
     """(sum v)^2 / (d sum v^2) in (0, 1]; 1 for a layer of zeros. Safe from underflow of v^2."""
     top = jnp.max(v, axis=axes, keepdims=True)
-    v = jnp.where(top > 0, v / jnp.where(top > 0, top, 1.0), 1.0)
-    mean = jnp.mean(v, axis=axes, keepdims=True)
-    return mean**2 / jnp.mean(v**2, axis=axes, keepdims=True)
+    is_zero, top = top == 0, jnp.where(top > 0, top, 1.0)
+    # two expressions, since XLA would compute and keep one they share
+    mean = jnp.mean(v, axis=axes, keepdims=True) / top
+    square = jnp.mean(jnp.square(v / top), axis=axes, keepdims=True)
+    return jnp.where(is_zero, 1.0, mean**2 / jnp.where(is_zero, 1.0, square))

@@ -34,6 +34,7 @@ def defaults() -> ConfigDict:
     config.by_branch = False
     config.batch_chunks = 1
     config.token_chunks = 1
+    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
     config.optimizer = "set_adam"
     config.b2 = 0.999
@@ -42,7 +43,10 @@ def defaults() -> ConfigDict:
     config.warmup_steps = 0
     config.weight_decay = 0.0
     config.grad_clip_norm = 0.0
+    config.non_finite = "stop"
     config.checkpoint_every_steps = 1_000_000  # with the last step always
+    config.keep_last = 2
+    config.keep_best = 1
     return config
 
 

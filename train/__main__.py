@@ -3,10 +3,12 @@
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
+from train import cli
 from train.config import Config
+from train.processes import is_first, join
 from train.train import memory_line, train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -15,23 +17,25 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go; an existing one is resumed.", required=True
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of a SLURM, MPI or Kubernetes job."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "Else HOST:PORT of the first process,")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many there are,")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "and which this is, from 0.")
 
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options look like --config.seed=1")
-    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
-    try:
-        config = Config.from_config_dict(_CONFIG.value)
-        train(config, _WORKDIR.value, shlex.join(["python", "-m", "train", *sys.argv[1:]]))
-        if config.backprop == "reversible":
-            print(memory_line(config, _WORKDIR.value))
-    except (ValueError, FileNotFoundError) as error:
-        if type(error) not in (ValueError, FileNotFoundError):
-            raise
-        sys.exit(f"error: {error}")
+        raise ValueError(f"unexpected arguments {argv[1:]}; options look like --config.seed=1")
+    logging.set_verbosity(logging.FATAL)  # TFDS and Orbax tell every step, and errors twice
+    join(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    config = Config.from_config_dict(_CONFIG.value)
+    train(config, _WORKDIR.value, shlex.join(["python", "-m", "train", *sys.argv[1:]]))
+    if config.backprop == "reversible" and is_first():
+        print(memory_line(config, _WORKDIR.value))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

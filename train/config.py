@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import jax.numpy as jnp
 
@@ -11,6 +11,7 @@ from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
 from train.inputs import DataToTextInput, ImageInput, PairInput, TextInput
+from train.mesh import MeshConfig
 from train.model_config import (
     GPT2Config,
     LoRAConfig,
@@ -33,13 +34,13 @@ _MODELS: dict[str, tuple[type, tuple[type, ...]]] = {
 }
 _RANGES = {
     **dict.fromkeys(("num_seeds", "batch_size", "num_steps", "log_every_steps"), (1, math.inf)),
-    **dict.fromkeys(("eval_every_steps", "checkpoint_every_steps"), (1, math.inf)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip_norm"), (0, math.inf)),
+    **dict.fromkeys(("eval_every_steps", "checkpoint_every_steps", "keep_last"), (1, math.inf)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip_norm", "keep_best"), (0, math.inf)),
     **dict.fromkeys(("gamma", "b2", "model.dropout_rate"), (0, 1)),
     **dict.fromkeys(("model.width", "model.depth", "model.num_heads"), (1, math.inf)),
     **dict.fromkeys(("model.encoder_depth", "model.decoder_depth"), (1, math.inf)),
     **dict.fromkeys(("model.mlp_dim", "model.patch_size", "input.beam_size"), (1, math.inf)),
-    **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, math.inf)),
+    **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, 1000)),
     **dict.fromkeys(("model.linformer_dim", "input.eval_translations"), (0, math.inf)),
     **dict.fromkeys(("batch_chunks", "token_chunks"), (1, math.inf)),
     **dict.fromkeys(("input.length_penalty", "input.no_repeat_ngram"), (0, math.inf)),
@@ -63,8 +64,12 @@ class Config:
     trains adapters only. stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma|
     in training, 0 for the plain transformer; quantize=False keeps floating-point states;
     guard_bits=-1 takes what an audit before the first step asks for; by_branch,
-    batch_chunks and token_chunks make the backward pass of a block smaller (`BDIAStack`). optimizer
-    is "set_adam" or "adamw"; schedule, after warmup_steps, "constant", "linear" or "cosine".
+    batch_chunks and token_chunks make the backward pass of a block smaller (`BDIAStack`). mesh says
+    over how many devices what is split. optimizer
+    is "set_adam" or "adamw"; schedule, after warmup_steps, "constant", "linear" or "cosine". A
+    step whose loss or gradient is not finite ends the run if non_finite is "stop", and is left out
+    if it is "skip". Of the
+    checkpoints the keep_last newest stay, and the keep_best best, by the evaluation at their step.
     """
 
     seed: int
@@ -86,6 +91,7 @@ class Config:
     by_branch: bool
     batch_chunks: int
     token_chunks: int
+    mesh: MeshConfig
     optimizer: str
     b2: float
     schedule: str
@@ -93,11 +99,14 @@ class Config:
     warmup_steps: int
     weight_decay: float
     grad_clip_norm: float
+    non_finite: str
     batch_size: int
     num_steps: int
     log_every_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
+    keep_last: int
+    keep_best: int
 
     def __post_init__(self):
         choices = {
@@ -105,6 +114,7 @@ class Config:
             "backprop": ("reversible", "store", "remat"),
             "optimizer": ("set_adam", "adamw"),
             "schedule": ("constant", "linear", "cosine"),
+            "non_finite": ("stop", "skip"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -206,21 +216,28 @@ class Config:
     def from_config_dict(cls, config: Any) -> "Config":
         """From the ml_collections.ConfigDict that a file in configs/ returns."""
         values = config.to_dict()
-        model = dict(values["model"])
-        if values["init_from"]:
-            if model["name"] in ("resnet", "transformer"):
+        groups = {name: values.get(name) for name in ("input", "model", "lora", "mesh")}
+        for name, group in groups.items():
+            if not isinstance(group, dict):
+                raise ValueError(f"{name} is {group!r}, expected a group of fields")
+        model = dict(groups["model"])
+        init_from = _checked("init_from", values.get("init_from", ""), str)
+        if init_from:
+            if model.get("name") in ("resnet", "transformer"):
                 raise ValueError(
-                    f"init_from={values['init_from']!r} with model {model['name']!r}: only a ViT "
+                    f"init_from={init_from!r} with model {model['name']!r}: only a ViT "
                     "and a language model start from a checkpoint; set init_from=''"
                 )
             kept = {field: model[field] for field in ("dropout_rate", "dtype") if field in model}
             model = {"name": "pretrained", **kept}
-        if model["name"] not in _MODELS:
-            raise ValueError(f"model.name is {model['name']!r}, expected one of {(*_MODELS,)}")
-        model_class, input_classes = _MODELS[model["name"]]
+        name = model.get("name")
+        if not (isinstance(name, str) and name in _MODELS):
+            raise ValueError(f"model.name is {name!r}, expected one of {(*_MODELS,)}")
+        model_class, input_classes = _MODELS[name]
         values["model"] = _build(model_class, model, "model")
         values["input"] = _build(_closest(input_classes, values["input"]), values["input"], "input")
         values["lora"] = _build(LoRAConfig, values["lora"], "lora")
+        values["mesh"] = _build(MeshConfig, values["mesh"], "mesh")
         return _build(cls, values, "config")
 
     @property
@@ -262,13 +279,50 @@ def _closest(classes: tuple[type, ...], values: dict) -> type:
 
 
 def _build(cls: type, values: dict, where: str):
-    """cls(**values); missing and unknown fields are named."""
-    fields = {field.name for field in dataclasses.fields(cls)}
-    wrong = [f"no {name}" for name in sorted(fields - values.keys())]
-    wrong += [f"unknown {name}" for name in sorted(values.keys() - fields)]
+    """cls(**values); missing and unknown fields are named, and values of a wrong type."""
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    wrong = [f"no {name}" for name in sorted(types.keys() - values.keys())]
+    wrong += [f"unknown {name}" for name in sorted(values.keys() - types.keys(), key=str)]
     if wrong:
         raise ValueError(f"{where} does not fit {cls.__name__}: {', '.join(wrong)}")
-    return cls(**values)
+    prefix = "" if where == "config" else f"{where}."
+    return cls(**{name: _checked(prefix + name, values[name], types[name]) for name in values})
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """The value, which has to be of this annotation; an int stands for a float, too."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            raise ValueError(f"{name} is {_short(value)}, expected several, as in '(1, 2)'")
+        return tuple(_checked(f"an element of {name}", each, get_args(kind)[0]) for each in value)
+    expected = _EXPECTED.get(kind)
+    if expected is None:  # a group of fields, built and checked before
+        return value
+    is_right = isinstance(value, (int, float) if kind is float else kind)
+    if kind in (int, float):
+        is_right = is_right and not isinstance(value, bool) and abs(value) <= _LARGEST[kind]
+    elif kind is str and is_right:
+        is_right = not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+    if not is_right:
+        raise ValueError(f"{name} is {_short(value)}, expected {expected}")
+    return float(value) if kind is float else value
+
+
+_EXPECTED = {
+    int: "a whole number below 2^31",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text, without zero bytes",
+}
+_LARGEST = {int: 2**31 - 1, float: 3.4e38}  # the device's int32 and float32
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an int of thousands of digits
+        return f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _is_power(gamma: float) -> bool:

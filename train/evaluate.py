@@ -22,6 +22,7 @@ from flax import nnx
 from bdia_jax import FixedPoint
 from bdia_jax.nnx import BDIAStack
 from train.agreement import Agreement, compare
+from train.cli import parse_args, told
 from train.generate import check_vocabulary, choose_tokenizer
 from train.language import Sequences
 from train.log import origin
@@ -127,16 +128,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--frac_bits", type=int, help="of the fixed point; as trained, else 9")
     add("--data_dir", default="", help="where TFDS keeps its data")
     add("--out", type=Path, help="a file for the result as JSON")
-    args = options.parse_args(argv)
-    try:
+    args = parse_args(options, argv)
+    with told():
         about, result = evaluate(args)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             command = shlex.join(["python", "-m", "train.evaluate", *(argv or sys.argv[1:])])
             record = {"command": command} | origin() | document(about, result)
             args.out.write_text(json.dumps(record, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(table(about, result))
 
 

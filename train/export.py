@@ -8,11 +8,11 @@ tokenizer.json.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 from bdia_jax import interop
+from train.cli import parse_args, told
 from train.pretrained import FOLDER
 from train.restore import Run, open_run
 from train.tokens import Bpe
@@ -51,13 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="workdir", type=Path, required=True, help="a workdir")
     parser.add_argument("--to", dest="folder", type=Path, required=True, help="a new folder")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps its data")
-    args = parser.parse_args(argv)
-    try:
+    args = parse_args(parser, argv)
+    with told():
         export(args.workdir, args.folder, args.data_dir)
-    except (ValueError, FileNotFoundError) as error:
-        if type(error) not in (ValueError, FileNotFoundError):
-            raise
-        sys.exit(f"error: {error}")
     print(f"{args.folder} can be loaded by transformers' from_pretrained")
 
 

@@ -7,7 +7,6 @@ in floating point as in any other runtime.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 
 from bdia_jax.generate import generate, generate_beam, translate
 from bdia_jax.models.transformer import Transformer
+from train.cli import parse_args, told
 from train.inputs import DataToTextInput
 from train.restore import open_run
 from train.tokens import EOS, PAD, Tokenizer, open_tokenizer
@@ -190,11 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--no_repeat_ngram", type=int, default=0, help="of the search: no n tokens twice")
     add("--tokenizer", default="", help="gpt2 or bytes, for a folder without one")
     add("--data_dir", default="", help="where TFDS keeps its data, for a workdir")
-    args = options.parse_args(argv)
-    try:
+    args = parse_args(options, argv)
+    with told():
         print(run(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

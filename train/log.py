@@ -14,6 +14,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from train.processes import is_first
+
 
 class Log:
     """Writes workdir/metrics.jsonl and prints a line for every training record.
@@ -41,6 +43,8 @@ class Log:
             for record in read_records(workdir)
             if record["step"] < start_step + (record["kind"] in ("train", "start"))
         ]
+        if not is_first():
+            return
         rewritten = self._file.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
         rewritten.replace(self._file)  # in one go, so that a kill cannot lose the history
@@ -66,6 +70,7 @@ class Log:
             f"step {step}/{self._num_steps} {100 * step // self._num_steps}%"
             f"  loss {means['loss']:.3f}"
             + (f"  acc {means['accuracy']:.3f}" if "accuracy" in means else "")
+            + (f"  skipped {means['skipped']:g}" if means.get("skipped") else "")
             + f"  lr {means['learning_rate']:.1e}  {speed:.0f} ex/s"
             f"  {format_bytes(self._memory_bytes)}  ETA {eta // 60}:{eta % 60:02d}",
             flush=True,
@@ -99,20 +104,34 @@ class Log:
         means = {k: float(np.mean(v)) if k in arrays else v for k, v in values.items()}
         seeds = {k: v for k, v in arrays.items() if isinstance(v, list)}
         record = {"step": step, "kind": kind, **means} | ({"seeds": seeds} if seeds else {})
-        with self._file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if is_first():
+            with self._file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         return means
 
 
 def read_records(workdir: Path) -> list[dict]:
-    """The records of metrics.jsonl; an incomplete last line is left out."""
+    """The records of metrics.jsonl; an incomplete last line, left by a kill, is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     file = workdir / "metrics.jsonl"
+    lines = file.read_bytes().splitlines() if file.exists() else []
     records = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
+                raise TypeError("a field of a wrong type")
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"line {number} of {file} is damaged ({type(error).__name__}: {error}); delete "
+                "that line, the others tell the rest"
+            ) from error
+        records.append(record)
     return records
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import logging
 
+from train.cli import parse_args, told
 from train.report import report
 from train.sweep import make_configs, sweep
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="changes of every config"
     )
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
     overrides = {}
     for change in args.set:
@@ -78,11 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, SyntaxError):
             overrides[field] = value
     plans = {name: {"num_seeds": EXPERIMENTS[name]} | overrides for name in args.only}
-    try:
+    with told():
         for name, changes in plans.items():
             make_configs(_file(name), args.scale, None, changes)  # all, before the first hour
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     command = shlex.join(["python", "-m", "train.paper", *(argv or sys.argv[1:])])
     failures = []
     for name, changes in plans.items():

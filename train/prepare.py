@@ -8,12 +8,12 @@ number of examples, hash. A file that fails leaves nothing behind.
 
 import argparse
 import hashlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.cli import parse_args, told
 from train.datasets.archive import read_files
 from train.datasets.local_file import Examples, LocalFileBuilder, Source
 from train.datasets.registry import BUNDLED, LOCAL, source_note
@@ -139,12 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--unverified", action="store_true", help="take a file of other content than the known one"
     )
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     start = time.monotonic()
-    try:
+    with told():
         builder = prepare(args.name, args.file, args.data_dir, args.unverified)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(_summary(builder, args.name, args.data_dir, time.monotonic() - start))
 
 

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from train.cli import parse_args, told
 from train.log import read_records
 from train.sweep import load_experiment
 from train.train import NOT_METRICS
@@ -48,19 +48,40 @@ def read_sweep(workdir: Path) -> tuple[Any, dict[str, Any], list[Run]]:
     Raises:
         ValueError: not the workdir of a sweep, or nothing in it to report yet.
     """
-    file = workdir / "experiment.json"
-    if not file.exists():
-        raise ValueError(f"{workdir} has no experiment.json; it is not made by train.sweep")
-    about = json.loads(file.read_text())
+    about = _read_about(workdir)
     module = load_experiment(about["config"])
     paper = {} if about["scale"] else module.PAPER  # its numbers are of its sizes
     waiting = [name for name in module.RUNS if not _is_evaluated(workdir / name)]
-    runs = [
-        _read_run(workdir / name, paper.get(name)) for name in module.RUNS if name not in waiting
-    ]
+    runs = []
+    for name in module.RUNS:
+        if name not in waiting:
+            try:
+                runs.append(_read_run(workdir / name, paper.get(name)))
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{workdir / name} is damaged, or of another version of this program "
+                    f"({type(error).__name__}: {error}); sweep into a new workdir"
+                ) from error
     if not runs:
         raise ValueError(f"no run in {workdir} has been evaluated yet")
     return module, about | {"not_run": waiting}, runs
+
+
+def _read_about(workdir: Path) -> dict[str, Any]:
+    file = workdir / "experiment.json"
+    if not file.exists():
+        raise ValueError(f"{workdir} has no experiment.json; it is not made by train.sweep")
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        kinds = {"config": str, "scale": str, "overrides": dict}
+        if not all(isinstance(about[name], kind) for name, kind in kinds.items()):
+            raise TypeError("a field of a wrong type")
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); sweep into a new workdir and "
+            "copy the experiment.json from there"
+        ) from error
+    return about
 
 
 def _is_evaluated(workdir: Path) -> bool:
@@ -69,7 +90,7 @@ def _is_evaluated(workdir: Path) -> bool:
 
 def _read_run(workdir: Path, paper: float | None) -> Run:
     records = read_records(workdir)
-    config = json.loads((workdir / "config.json").read_text())
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
     of_kind = {
         kind: [record for record in records if record["kind"] == kind]
         for kind in ("start", "train", "eval", "final")
@@ -263,12 +284,10 @@ def main(argv: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     options.add_argument("workdirs", nargs="+", type=Path, help="workdirs of train.sweep")
     options.add_argument("--out", type=Path, help="folder for the files; the workdir by default")
-    args = options.parse_args(argv)
+    args = parse_args(options, argv)
     for workdir in args.workdirs:
-        try:
+        with told():
             print(report(workdir, args.out or workdir))
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
+from train import cli
 from train.config import Config
 from train.datasets.registry import open_builder
 from train.train import train
@@ -141,19 +142,14 @@ def _claim(path: Path, experiment: dict[str, Any]) -> None:
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options look like --runs=plain")
+        raise ValueError(f"unexpected arguments {argv[1:]}; options look like --runs=plain")
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     default = "_".join(filter(None, (Path(file).stem, _SCALE.value)))
     workdir = _WORKDIR.value or f"runs/{default}"
     command = shlex.join(["python", "-m", "train.sweep", *sys.argv[1:]])
-    try:
-        failures = sweep(file, workdir, _SCALE.value, _RUNS.value, overrides, command)
-    except (ValueError, FileNotFoundError) as error:
-        if type(error) not in (ValueError, FileNotFoundError):
-            raise
-        sys.exit(f"error: {error}")
+    failures = sweep(file, workdir, _SCALE.value, _RUNS.value, overrides, command)
     if failures:
         sys.exit("error: " + "\n".join(failures))
     print(f"tables and figures: python -m train.report {workdir}")
@@ -161,4 +157,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

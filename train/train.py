@@ -1,26 +1,30 @@
 """The training loop: data, program, restore, loop."""
 
 import dataclasses
-import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bdia_jax import memory_report
-from train import data_to_text, guard_bits, images, language, translation
-from train.checkpoint import Checkpoints, open_workdir
+from train import data_to_text, guard_bits, images, language, non_finite, translation
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.datasets.registry import footnote, open_builder
 from train.inputs import DataToTextInput, ImageInput, TextInput
+from train.interrupt import Interrupt, Stopped
 from train.log import Log, draw_curve, format_bytes, read_records
+from train.mesh import open_mesh
 from train.pretrained import keep_description, read_params
-from train.program import Program, compile_steps, lower_steps, make_program
+from train.processes import data_fingerprint, first_does
+from train.program import Program, check_fits, compile_steps, lower_steps, make_program
 from train.state import State
 from train.task import Task, group_size
 from train.tokens import Bpe
+from train.workdir import holds_run, open_workdir, writing
 
 NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
 
@@ -50,7 +54,7 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     """Trains, and returns the final evaluation's metrics (means over the seeds).
 
     Everything random is a function of (seed, step), so a run that is stopped and started
-    again on its workdir ends with the same bits as one that was not.
+    again on its workdir ends with the same bits as one that was not. SIGTERM or Ctrl-C saves first.
 
     Args:
         config: the experiment.
@@ -59,10 +63,11 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
 
     Raises:
         FileNotFoundError: the data set is not prepared.
-        ValueError: bad configuration or workdir, or a loss that is not finite; checkpoints
-            saved until then stay.
+        ValueError: bad configuration or workdir, a loss that is not finite, or a full disk;
+            checkpoints saved until then stay.
+        Stopped: on SIGTERM or Ctrl-C, once the state is on the disk. A SystemExit of status 0.
     """
-    if (Path(workdir) / "config.json").exists():
+    if holds_run(workdir):
         path = open_workdir(workdir, config)
         finished = final_metrics(path)
         if finished:
@@ -71,21 +76,21 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     task = load_task(config)
     program = make_program(config, task)
     pretrained = read_params(config, program.abstract)
-    lowered = lower_steps(program, task)
-    path = open_workdir(workdir, config)  # only now: bad data or sizes leave no folder behind
-    fingerprint = _check_same_data(path, task)
-    if config.init_from:
-        keep_description(config, path)
-    if isinstance(task.tokenizer, Bpe):
-        task.tokenizer.save(path / "tokenizer.json")
-    with Checkpoints(path) as checkpoints:
-        state = checkpoints.restore_or(program.init, pretrained)
+    check_fits(program)
+    lowered = lower_steps(program)
+    fingerprint = data_fingerprint(task, open_mesh(config.mesh))
+    # only now: bad data or sizes leave no folder behind
+    path = Path(workdir).absolute()
+    first_does(_claim, path, config, task, fingerprint)
+    kept = (config.keep_last, config.keep_best)
+    with Checkpoints(path, *kept, fingerprint) as checkpoints, writing(path):
+        state = checkpoints.restore_or(program.init, pretrained, abstract=program.abstract_state)
         del pretrained
         guard_facts: dict[str, Any] = {}
         if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
             chosen, guard_facts = guard_bits.choose(config, task, program.models(state)[0])
             program = make_program(chosen, task)
-            lowered = lower_steps(program, task)
+            lowered = lower_steps(program)
         train_steps = lowered.compile()
         memory = memory_report(train_steps)
         start = int(state["step"])
@@ -111,14 +116,25 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             temp_bytes=memory.temporaries,
             **guard_facts,
         )
-        state, metrics = _loop(
-            config, task, program._replace(train_steps=train_steps), checkpoints, log, state
+        groups = (
+            program.place(task.train_groups, task.train_sizes),
+            program.place(task.eval_groups, task.eval_sizes),
         )
-        draw_curve(path)
-        log.final(config.num_steps, **metrics, **task.finish(program.models(state), path))
+        program = program._replace(train_steps=train_steps)
+        with Interrupt() as interrupt:
+            state, metrics = _loop(config, groups, program, checkpoints, interrupt, log, state)
+        checkpoints.wait()  # a run is finished once its last state is on the disk
+        models = program.models(state)
+        first_does(_finish, task, models, path, log, config.num_steps, metrics)
     metrics = final_metrics(path)
     print(f"final {_listed(metrics)}  on {config.eval_split}; curve in {path / 'curve.png'}")
     return metrics
+
+
+def _finish(task: Task, models: Any, path: Path, log: Log, step: int, metrics: Any) -> None:
+    with writing(path):
+        draw_curve(path)
+        log.final(step, **metrics, **task.finish(models, path))
 
 
 def final_metrics(workdir: Path) -> dict[str, float]:
@@ -131,12 +147,9 @@ def _listed(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _check_same_data(workdir: Path, task: Task) -> str:
-    """A hash of all examples; a run is not resumed on others (or on other tokens of theirs)."""
-    digest = hashlib.sha256()
-    for array in jax.tree.leaves((task.train_groups, task.eval_groups)):
-        digest.update(np.asarray(array).tobytes())
-    fingerprint = digest.hexdigest()[:16]
+def _claim(workdir: Path, config: Config, task: Task, fingerprint: str) -> None:
+    """The workdir, with what a run is opened by again; one of other examples is refused."""
+    open_workdir(str(workdir), config)
     before = [r["fingerprint"] for r in read_records(workdir) if r["kind"] == "start"]
     if before and before[-1] != fingerprint:
         raise ValueError(
@@ -144,29 +157,48 @@ def _check_same_data(workdir: Path, task: Task) -> str:
             f"{fingerprint}): another version of the data set or its tokenizer. Bring it back, or "
             "take another --workdir"
         )
-    return fingerprint
+    with writing(workdir):
+        if config.init_from:
+            keep_description(config, workdir)
+        if isinstance(task.tokenizer, Bpe):
+            task.tokenizer.save(workdir / "tokenizer.json")
 
 
 def _loop(
-    config: Config, task: Task, program: Program, checkpoints: Checkpoints, log: Log, state: State
+    config: Config,
+    groups: tuple[Any, Any],
+    program: Program,
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+    log: Log,
+    state: State,
 ) -> tuple[State, dict[str, Any]]:
-    """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late."""
+    """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late.
+
+    groups: the placed examples, for training and for evaluation.
+    """
+    train_groups, eval_groups = groups
+    batch = lambda seed, step: program.batch(seed, train_groups, step)  # noqa: E731
+    watched = partial(_log_train, log, config, checkpoints, batch)
     step = start = int(state["step"])
     pending: Any = None
     metrics: dict[str, Any] = {}
     while True:
         last = step == config.num_steps
-        evaluates = last or (step > 0 and step % config.eval_every_steps == 0)
-        saves = step > start and (last or step % config.checkpoint_every_steps == 0)
+        signal = "" if last else interrupt.requested()
+        evaluates = last or (step > 0 and step % config.eval_every_steps == 0 and not signal)
+        saves = step > start and (last or step % config.checkpoint_every_steps == 0 or bool(signal))
         if pending and (evaluates or saves):
-            _log_train(log, *pending)
+            watched(pending[0], pending[1], state)
             pending = None
-        if saves:
-            checkpoints.save(step, state)
         if evaluates:
             with log.pause():
-                metrics = jax.device_get(program.evaluate(state, task.eval_groups))
+                metrics = jax.device_get(program.evaluate(state, eval_groups))
             log.evaluation(step, **metrics)
+        if saves:  # with the score of its evaluation
+            checkpoints.save(step, state, metrics if evaluates else None)
+        if signal:
+            raise _stop(step, start, signal, checkpoints)
         if last:
             return state, metrics
         boundary = min(
@@ -178,25 +210,53 @@ def _loop(
             )
         )
         boundary = min(boundary, config.num_steps)
-        state, values = program.train_steps(
-            state, task.train_groups, jnp.asarray(boundary - step, jnp.int32)
-        )
+        state, values = program.train_steps(state, train_groups, np.int32(boundary - step))
         step = boundary
         if pending:
-            _log_train(log, *pending)
+            watched(pending[0], pending[1], state)
         pending = (step, values)
 
 
-def _log_train(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Logs a dispatch, or stops the run before a state that is not finite is saved."""
+def _stop(step: int, start: int, signal: str, checkpoints: Checkpoints) -> Stopped:
+    """What to raise, once the state is on the disk."""
+    checkpoints.wait()
+    saved = "saved" if step > start else "no step since the start"
+    print(f"stopped by {signal} at step {step}, {saved}; the same command resumes it", flush=True)
+    return Stopped(0)
+
+
+def _log_train(
+    log: Log,
+    config: Config,
+    checkpoints: Checkpoints,
+    batch: Callable[..., Any],
+    step: int,
+    metrics: dict[str, Any],
+    state: State,
+) -> None:
+    """Logs a dispatch. One with a step that is not finite is told, or ends the run.
+
+    The state is then that of before this step, and is saved: a run that dispatched more steps
+    since stopped at the same one.
+    """
     values = jax.device_get(metrics)
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]).all():
-            raise ValueError(
-                f"{name} is {values[name]} at step {step} or shortly before; try a lower "
-                "learning_rate or grad_clip_norm > 0. The workdir's checkpoints are from before"
-            )
-    log.train(step, **values)
+    note = values.pop("non_finite")
+    workdir = checkpoints.directory.parent
+    skips, is_bad = config.non_finite == "skip", bool((note.step >= 0).any())
+    said = non_finite.report(workdir, config, note, state, batch) if is_bad else ""
+    if skips and is_bad:
+        print(f"left out: {said}", flush=True)
+    if skips or not is_bad:
+        log.train(step, **values, **({"skipped": note.skipped} if skips else {}))
+        return
+    at = int(state["step"])
+    checkpoints.save(at, state)
+    checkpoints.wait()
+    raise ValueError(
+        f"{said}; the state before it is checkpoint {at}. Try a lower learning_rate or "
+        "grad_clip_norm > 0 in a new --workdir, or leave such steps out from here on by the same "
+        "command and --config.non_finite=skip"
+    )
 
 
 def parameter_count(state: State, config: Config) -> int:
@@ -209,7 +269,7 @@ def memory_line(config: Config, workdir: str) -> str:
     own_bytes = read_records(Path(workdir))[0]["temp_bytes"]
     plain = dataclasses.replace(config, stack="bdia", gamma=0.0, quantize=False, backprop="store")
     task = load_task(plain)
-    compiled = compile_steps(make_program(plain, task), task)
+    compiled = compile_steps(make_program(plain, task))
     plain_bytes = memory_report(compiled).temporaries
     return (
         f"a step needs {format_bytes(own_bytes)} beyond parameters and data, "

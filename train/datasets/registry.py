@@ -2,10 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from train.datasets.cifar import Cifar10, Cifar100
 from train.datasets.digits import Digits
@@ -58,11 +62,19 @@ def open_builder(name: str, data_dir: str = "") -> Any:
             builder = LOCAL[name](**options)
         else:
             builder = tfds.builder(name, **options)
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
+        if name in BUNDLED or name in LOCAL:
+            raise _damaged(name, data_dir, error) from error
         choices = ", ".join([*BUNDLED, *LOCAL])
         raise ValueError(
             f"dataset is {name!r}, expected one of {choices}, or a TFDS name"
         ) from None
+    except RecursionError as error:
+        raise ValueError(f"data_dir is a path of {len(data_dir)} letters; take another") from error
+    except OSError:
+        raise  # names the file
+    except Exception as error:  # of whatever reads JSON and protocol buffers
+        raise _damaged(name, data_dir, error) from error
     if name in BUNDLED and not builder.data_path.exists():
         return _prepare_bundled(name, options)
     # asked first: an unprepared set would look for itself on the network, for minutes if offline
@@ -82,6 +94,8 @@ def _prepare_bundled(name: str, options: dict[str, Any]) -> Any:
     builder = BUNDLED[name](**options, file_format="array_record")
     try:
         write(builder)
+    except RecursionError as error:
+        raise ValueError(f"data_dir of {name} is too deep to be made; take another") from error
     except OSError:
         # another process may have been faster
         builder = BUNDLED[name](**options)
@@ -155,10 +169,67 @@ def open_split(name: str, split: str, data_dir: str = "", *features: str) -> tup
         ) from error
     if count < 1:
         raise ValueError(f"split {split!r} of {name} is empty; take a larger slice")
-    return builder.as_data_source(split), builder
+    try:
+        _check_files(builder, split)
+        return builder.as_data_source(split), builder
+    except Exception as error:  # the readers raise RuntimeError, or what their parts raise
+        raise _damaged(name, str(builder.data_dir), error) from error
 
 
-def in_chunks(examples: Any, size: int = 4096) -> Iterator[Any]:
-    """The examples of a data source in order, read many at a time: some 20 times faster."""
-    for start in range(0, len(examples), size):
-        yield from examples.__getitems__(list(range(start, min(start + size, len(examples)))))
+def _check_files(builder: Any, split: str) -> None:
+    """Whether the files of a split have as many records as they were written with."""
+    splits = builder.info.splits
+    written = {
+        str(path): count
+        for info in splits.values()
+        for path, count in zip(info.filepaths, info.shard_lengths, strict=True)
+    }
+    for file in sorted({str(part.filename) for part in splits[split].file_instructions}):
+        if not Path(file).exists():
+            raise ValueError(f"{file} is missing")
+        found = array_record_module.ArrayRecordReader(file).num_records()
+        if found != written[file]:
+            raise ValueError(f"{file} has {found} records, {written[file]} were written")
+
+
+def _damaged(name: str, where: str, error: Exception, what: str = "") -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    folder = f" in {where}" if where else ""
+    return ValueError(
+        f"dataset {name}{folder} is damaged{what} ({reason}). Make it again elsewhere: "
+        + _how_to_prepare(name, "ANOTHER_DIR")
+    )
+
+
+def in_chunks(examples: Any, rows: Sequence[int] | None = None, size: int = 4096) -> Iterator[Any]:
+    """Examples of a data source in order, read many at a time: some 20 times faster.
+
+    Args:
+        examples: of `open_split`.
+        rows: which of them; all by default. Others are not read.
+        size: how many at a time.
+
+    Raises:
+        ValueError: one cannot be read; the message names it.
+    """
+    rows = range(len(examples)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        part = list(map(int, rows[start : start + size]))
+        try:
+            read = examples.__getitems__(part)
+        except MemoryError:
+            raise
+        except Exception as error:  # a checksum, or an image that is none
+            info = examples.dataset_info
+            what = f": record {_first_unreadable(examples, part)} of split {examples.split!s}"
+            raise _damaged(info.name, str(info.data_dir), error, what) from error
+        yield from read
+
+
+def _first_unreadable(examples: Any, rows: Sequence[int]) -> int:
+    for row in rows:
+        try:
+            examples.__getitems__([row])
+        except Exception:
+            return row
+    return rows[0]

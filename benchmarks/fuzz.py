@@ -1,0 +1,278 @@
+"""Wrong command lines and configs: is each accepted, or refused by an error of ours?
+
+    python -m benchmarks.fuzz [--cases 10000] [--traced 200] [--first 0]
+
+A case is made from its number (`benchmarks.fuzz_cases`) and given to the program in this process,
+up to where training would begin. It is refused well by a line "error: ..." whose exception was
+raised in this repository, or by the usage of argparse; any other exception is a failure, named
+with its number. Of --traced more, at smoke sizes, the training step is traced besides: what a
+config is accepted with, the program can be built from. And --processes are run as a user does.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import record
+from benchmarks.fuzz_cases import Case, make_case, make_tiny
+from train import cli, evaluate, export, generate, paper, prepare, report
+from train.config import Config
+from train.datasets.registry import open_split
+from train.program import check_fits, lower_steps, make_program
+from train.train import load_task
+from train.workdir import holds_run, open_workdir, read_config
+
+_HERE = Path(__file__).parent.parent
+_SECONDS = 60  # more for one case is a failure, too
+ACCEPTED, REFUSED, USAGE, FAILED = "accepted", "refused", "usage", "failed"
+
+
+class Outcome(NamedTuple):
+    """kind: one of the four; message: what the program said."""
+
+    kind: str
+    message: str
+
+
+def run_case(case: Case, scratch: Path, train: Callable[..., Any] | None = None) -> Outcome:
+    """What the program of a case does with it.
+
+    Args:
+        case: of `make_case`.
+        scratch: of `make_scratch`; the current folder meanwhile.
+        train: stands for train.train.train; by default what that does before it reads data.
+    """
+    arguments = [argument.replace("{S}", str(scratch)) for argument in case.arguments]
+    said = io.StringIO()
+    before = Path.cwd()
+    try:
+        os.chdir(scratch)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _in_time():
+            _run(case, arguments, scratch, train or checked)
+    except SystemExit as stop:
+        return _of_exit(stop, said.getvalue())
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return Outcome(FAILED, f"{_described(error)}")
+    finally:
+        os.chdir(before)
+    return Outcome(ACCEPTED, "")
+
+
+def _run(case: Case, arguments: list[str], scratch: Path, train: Callable[..., Any]) -> None:
+    name = case.program
+    if name == "config":
+        with cli.told():
+            Config.from_config_dict(ConfigDict(case.values))
+    elif name == "config.json":
+        (scratch / "damaged" / "config.json").write_bytes(case.values)
+        with cli.told():
+            read_config(scratch / "damaged")
+    elif name in ("train", "sweep", "launch"):
+        _run_absl(name, arguments, train)
+    else:
+        module = {
+            **{"paper": paper, "report": report, "prepare": prepare},
+            **{"generate": generate, "evaluate": evaluate, "export": export},
+        }[name]
+        with mock.patch("train.sweep.train", train):
+            module.main(arguments)
+
+
+def checked(config: Config, workdir: str, command: str = "") -> dict[str, float]:
+    """What training does before it reads the examples."""
+    del command
+    if holds_run(workdir):
+        open_workdir(workdir, config)
+    for split in (config.train_split, config.eval_split):
+        open_split(config.dataset, split, config.data_dir)
+    open_workdir(workdir, config)
+    return {}
+
+
+def traced(config: Config, workdir: str, command: str = "") -> dict[str, float]:
+    """What training does before the first step, but for compiling it."""
+    checked(config, workdir, command)
+    program = make_program(config, load_task(config))
+    check_fits(program)
+    lower_steps(program)
+    return {}
+
+
+def _of_exit(stop: SystemExit, said: str) -> Outcome:
+    if stop.code in (0, None):
+        return Outcome(ACCEPTED, said)
+    if isinstance(stop.code, str):
+        cause = stop.__context__
+        bad = "Traceback" in stop.code or not stop.code.startswith("error: ")
+        if bad or (cause is not None and not _is_ours(cause)):
+            return Outcome(FAILED, f"{stop.code[:500]}\n{cause and _described(cause)}")
+        return Outcome(REFUSED, stop.code)
+    if "Traceback" in said or "usage:" not in said:
+        return Outcome(FAILED, f"status {stop.code}: {said[-500:]}")
+    return Outcome(USAGE, said)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised by a line of this repository, or is told by `cli.parse_flags`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) and error.filename is not None:
+        return True  # names the file
+    if any(frame.name == "parse_flags" for frame in frames):
+        return True
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_HERE)
+
+
+def _described(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(_HERE)][-2:]
+    lines = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*ours, *frames[-1:]]]
+    return f"{type(error).__name__}: {str(error)[:300]} [{' < '.join(reversed(lines))}]"
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    def late(number, frame):
+        raise TimeoutError(f"took more than {_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_MODULES = {"sweep": "train.sweep", "train": "train.__main__", "launch": "train.launch"}
+_flags: dict[str, dict[str, Any]] = {}
+
+
+def _run_absl(name: str, arguments: list[str], train: Callable[..., Any]) -> None:
+    """A program whose flags are absl's, which are global: only its own are defined meanwhile."""
+    if not _flags:
+        for each, module in _MODULES.items():
+            module = import_module(module)
+            own = {f.name: f for f in flags.FLAGS.flags_by_module_dict()[module.__name__]}
+            if "config" in own:
+                flags.mark_flag_as_required("config")
+            _flags[each] = own
+            for flag in own:
+                delattr(flags.FLAGS, flag)
+    module: Any = import_module(_MODULES[name])
+    stand_ins = {
+        "train": {"train": train, "memory_line": lambda *_: "", "join": lambda *_: None},
+        "sweep": {"train": train},
+        "launch": {"launch": lambda *_: 0},
+    }
+    levels = logging.root.level, logging.root.handlers[:]
+    try:
+        for flag, its in _flags[name].items():
+            flags.FLAGS[flag] = its
+        argv = mock.patch.object(sys, "argv", [name, *arguments])
+        with mock.patch.multiple(module, **stand_ins[name]), argv:
+            cli.run(module.main)
+    finally:
+        for flag in [*flags.FLAGS]:
+            if flag in _flags[name] or flag.startswith("config."):
+                delattr(flags.FLAGS, flag)
+        flags.FLAGS.unparse_flags()
+        for its in _flags[name].values():
+            its.unparse()
+        logging.root.setLevel(levels[0])
+        logging.root.handlers[:] = levels[1]
+
+
+def make_scratch(folder: Path) -> Path:
+    """A folder with what the cases name in it."""
+    for name in ("empty", "others", "damaged", "sweep"):
+        (folder / name).mkdir(parents=True)
+    (folder / "file").write_text("--nonsense\n")
+    (folder / "others" / "a").write_text("b")
+    (folder / "broken.py").write_text("def get_config(:\n")
+    (folder / "raises.py").write_text("def get_config(arg=None):\n    return {}['x']\n")
+    (folder / "none.py").write_text("def get_config(arg=None):\n    pass\n")
+    (folder / "damaged" / "config.json").write_text('{"seed": ')
+    (folder / "sweep" / "experiment.json").write_text('{"config": 3}')
+    experiment = import_module("configs.vit_digits").get_config("smoke")
+    open_workdir(str(folder / "workdir"), Config.from_config_dict(experiment))
+    return folder
+
+
+def as_user(seeds: range, scratch: Path) -> list[dict[str, Any]]:
+    """The outermost layer: command lines in processes of their own; those with a traceback."""
+    failures = []
+    for seed in seeds:
+        case = make_case(seed)
+        arguments = [a.replace("{S}", str(scratch)) for a in case.arguments]
+        if case.program in ("config", "config.json", "launch") or "\0" in "".join(arguments):
+            continue
+        module = "train" if case.program == "train" else f"train.{case.program}"
+        done = subprocess.run(
+            [sys.executable, "-m", module, *(a.replace("\ud800", "?") for a in arguments)],
+            cwd=scratch, env=os.environ | {"PYTHONPATH": str(_HERE)},
+            capture_output=True, timeout=600, check=False,
+        )  # fmt: skip
+        if b"Traceback" in done.stderr or done.returncode not in (0, 1, 2):
+            failures.append({"seed": seed, "stderr": done.stderr.decode()[-500:]})
+    return failures
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    options = record.parser(__doc__)
+    options.add_argument("--cases", type=int, default=10_000)
+    options.add_argument("--traced", type=int, default=200)
+    options.add_argument("--processes", type=int, default=20)
+    options.add_argument("--first", type=int, default=0, help="number of the first case")
+    args = record.parse(options, argv)
+    counts: dict[str, Counter] = {}
+    messages: Counter = Counter()
+    failures = []
+    with tempfile.TemporaryDirectory() as made:
+        scratch = make_scratch(Path(made) / "a" / "b" / "c")
+        cases = [(seed, make_case, None) for seed in range(args.first, args.first + args.cases)]
+        cases += [(seed, make_tiny, traced) for seed in range(args.first, args.first + args.traced)]
+        for seed, make, train in cases:
+            case = make(seed)
+            outcome = run_case(case, scratch, train)
+            name = "traced" if train else case.program
+            counts.setdefault(name, Counter())[outcome.kind] += 1
+            messages[outcome.message.split("\n")[0][:40]] += 1
+            if outcome.kind == FAILED:
+                message = outcome.message.replace(str(scratch), "{S}").replace(str(_HERE), "")
+                failures.append({"maker": make.__name__, "seed": seed, "message": message})
+                print(json.dumps(failures[-1]), flush=True)
+        seen = as_user(range(args.first, args.first + args.processes), scratch)
+        print(json.dumps(seen))
+    totals = dict(sum(counts.values(), Counter()))
+    results = {
+        "totals": totals,
+        "programs": {name: dict(each) for name, each in sorted(counts.items())},
+        "failures": failures,
+        "tracebacks_in_processes": seen,
+    }
+    print(totals, f"{len(messages)} different messages")
+    config = {name: getattr(args, name) for name in ("cases", "traced", "processes", "first")}
+    record.write("fuzz", results, config, argv=argv, args=args)
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
