@@ -90,10 +90,16 @@ def shard(model: nnx.Module, mesh: Mesh) -> None:
 
 
 def set_mesh(model: nnx.Module, mesh: Mesh | None) -> None:
-    """Tells every stack of a model, which may be abstract, how to split what it is called with."""
+    """Tells every stack of a model, which may be abstract, how to split what it is called with.
+
+    Where tokens are split, attentions that would choose it leave cuDNN's, which cannot do that.
+    """
+    splits_tokens = mesh is not None and mesh.shape["sequence"] > 1
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Stack):
             module.mesh = mesh
+        if splits_tokens and getattr(module, "implementation", "") is None:
+            module.implementation = "xla"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def state_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:

@@ -18,7 +18,7 @@ from configs import vit_digits
 from train.config import Config
 from train.launch import launch
 from train.log import read_records
-from train.mesh import MeshConfig, open_mesh
+from train.mesh import MeshConfig, check_batch, open_mesh
 from train.processes import data_fingerprint, join
 from train.program import make_program
 from train.restore import open_run
@@ -65,7 +65,8 @@ def test_all_that_is_of_parameters_is_split_over_fsdp(data_dir):
 
 
 def params_of(workdir, data_dir):
-    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(open_run(workdir, data_dir).model, nnx.Param)))
+    params = nnx.state(open_run(workdir, data_dir).model, nnx.Param)
+    return jax.tree.leaves(nnx.to_pure_dict(params))
 
 
 def worst(tree, other):
@@ -113,7 +114,7 @@ from train import images
 from train.config import Config
 from train.datasets import registry
 from train.log import read_records
-from train.mesh import MeshConfig, open_mesh
+from train.mesh import MeshConfig, check_batch, open_mesh
 from train.processes import data_fingerprint, join
 config = Config.from_config_dict(vit_digits.get_config("smoke"))
 config = replace(config, data_dir=sys.argv[3], mesh=MeshConfig(-1, 1, 1, 1))
@@ -147,6 +148,12 @@ def test_a_mesh_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"3 \(fsdp \* tensor \* sequence\) does not divide the 8"):
         open_mesh(MeshConfig(-1, 3, 1, 1))
     assert open_mesh(MeshConfig(1, 1, 1, 1)) is None
+    for config, said in (
+        (on(CONFIG, data=3), r"batch_size 32 in batch_chunks 1 .* 3 devices"),
+        (replace(on(CONFIG, data=8), batch_chunks=8), r"batch_size 32 in batch_chunks 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_batch(config, open_mesh(config.mesh))
     seeds = on(replace(CONFIG, num_seeds=2), data=2)
     with pytest.raises(ValueError, match=r"num_seeds is 2 with a mesh"):
         Training(seeds, lambda rngs: nnx.Linear(2, 2, rngs=rngs), open_mesh(seeds.mesh))

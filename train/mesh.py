@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bdia_jax.sharding import AXES, make_mesh, param_shardings
+from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,17 @@ def open_mesh(config: MeshConfig) -> Mesh | None:
             f"{len(devices)}; set --config.mesh.data=-1, or sizes whose product is {len(devices)}"
         )
     return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes)
+
+
+def check_batch(config: Any, mesh: Mesh | None) -> None:
+    """Raises ValueError unless every device has its share of each part of a batch."""
+    parts = 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if config.batch_size // config.batch_chunks % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} in batch_chunks {config.batch_chunks} is "
+            f"{config.batch_size // config.batch_chunks} examples at a time, which mesh.data * "
+            f"mesh.fsdp = {parts} devices cannot share; take a multiple of {parts}"
+        )
 
 
 def state_shardings(state: Any, model: nnx.Module, tx: optax.GradientTransformation, mesh: Mesh):

@@ -14,7 +14,7 @@ from train import non_finite
 from train.batches import Batches
 from train.config import Config
 from train.evaluation import group_totals
-from train.mesh import open_mesh
+from train.mesh import check_batch, open_mesh
 from train.non_finite import Note
 from train.optimizer import make_schedule
 from train.shards import abstract, place, take, to_host
@@ -54,6 +54,7 @@ class Program(NamedTuple):
 def make_program(config: Config, task: Task) -> Program:
     """What a run needs, no step traced yet (`lower_steps` does) and no parameter made."""
     mesh = open_mesh(config.mesh)
+    check_batch(config, mesh)
     batches = Batches(task.train_sizes, config.batch_size)
     schedule = make_schedule(config)
     skips = config.non_finite == "skip"
