@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -23,9 +24,10 @@ def result(name):
 
 
 def test_quick_start_runs():
-    program, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    program, _, on_devices = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
     exec(program, names)
+    exec(on_devices, names)
     report = names["report"]
     wrong = report.mismatches + 1  # the assertion in it can fail
     names["report"] = dataclasses.replace(report, mismatches=wrong)
@@ -34,7 +36,7 @@ def test_quick_start_runs():
 
 
 def test_fine_tuning_program_runs(tmp_path, monkeypatch):
-    _, program = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    _, program, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     monkeypatch.chdir(tmp_path)
     small = GPT2(30, 8, width=16, depth=2, num_heads=2, mlp_dim=32, rngs=nnx.Rngs(0))
     interop.save(small, "gpt2-medium")
@@ -54,7 +56,7 @@ def test_files_and_modules_it_names_exist():
     for name in re.findall(r"-m benchmarks\.(\w+)", README):
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
     for name in re.findall(r"-m train\.(\w+)", README):
-        assert (ROOT / "train" / f"{name}.py").exists(), name
+        assert importlib.util.find_spec(f"train.{name}"), name
     for path in re.findall(r"--config=(configs/[a-z]\w*\.py)", README):
         assert (ROOT / path).exists(), path
 
@@ -291,3 +293,57 @@ def test_fine_tuning_rows():
     for states in ("fixed_point", "float"):
         assert f"{agreement[states]['loss']:.6f}" in README
     assert agreement["one_block_quanta"]["stack"]["largest"] <= 0.5
+
+
+def test_communication_rows():
+    for row in result("communication")["results"]["bytes"]:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+        bdia, remat = (row[name]["bytes"]["total"] / MIB for name in ("reversible", "remat"))
+        cells = f"{mesh} | {bdia:.2f} MiB | {remat:.2f} MiB | {row['ratio_to_remat']:.2f}"
+        assert f"| {cells} |" in README, cells
+        assert row["reversible"]["integers"] == []
+
+
+def test_text_about_faults_and_the_soak():
+    text = " ".join(README.split())
+    kills = result("kills")["results"]
+    assert (
+        f"after {kills['kills']} `kill -9` at random moments, {kills['moments']['save']} of them "
+        f"during a save, {kills['differing_elements']} of {kills['compared_elements']:,} final"
+    ) in text
+    fuzz = result("fuzz")["results"]
+    totals = fuzz["totals"]
+    assert f"{sum(totals.values()):,} made-up configs and command lines" in text
+    assert f"{totals['accepted']} were accepted" in text
+    assert fuzz["failures"] == fuzz["tracebacks_in_processes"] == []
+    soak = result("soak")["results"]
+    assert f"{soak['total']['elements']:,} rebuilt activations were compared" in text
+    assert f"{len(soak['settings'])} settings" in text and soak["total"]["mismatches"] == 0
+    drift = {
+        dtype: max(
+            row["max_drift"]
+            for name, row in soak["settings"].items()
+            if f"width=64 {dtype}" in name and "frac_bits" not in name
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    assert f"up to {drift['float32']:.2f} quanta in float32" in text
+    assert f"by {drift['bfloat16']:.0f} quanta in bfloat16" in text
+
+
+def test_planned_rows():
+    results = result("plan")["results"]
+    for plan in results["planned"]:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+        remat, bdia = plan["remat"], plan["reversible"]
+        pairs = (
+            f"{remat[name] / 1e9:.1f} / {bdia[name] / 1e9:.1f}"
+            for name in ("kept", "block", "total")
+        )
+        fit = f"{remat['sequences_that_fit']} / {bdia['sequences_that_fit']}"
+        where = f"{plan['devices']} x {plan['gigabytes']} GB, {mesh}"
+        cells = " | ".join((plan["model"], where, f"{remat['state'] / 1e9:.1f}", *pairs, fit))
+        assert f"| {cells} |" in README, cells
+    ratios = [case["ratio"] for case in results["compared"].values()]
+    assert min(ratios) > 0.9 and max(ratios) < 1.1
+    assert f"its totals are {min(ratios):.2f} to {max(ratios):.2f} of what" in README
