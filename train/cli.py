@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -105,8 +106,9 @@ def _reason(error: BaseException) -> str:
     if type(first) is ValueError:
         return str(first)
     if isinstance(first, AttributeError | KeyError) and not _is_of_config_file(first):
-        text = str(error.args[0] if error.args else error)
-        return f"--config: no such field: {' '.join(text.split())}"
+        name = first.args[0] if first.args else first
+        near = re.search(r'Did you mean "(\w+)"', str(error))  # of ml_collections
+        return f"--config: no such field: {name}" + (f"; did you mean {near[1]}?" if near else "")
     where = traceback.extract_tb(first.__traceback__)
     place = f" ({where[-1].filename}, line {where[-1].lineno})" if where else ""
     return f"{type(first).__name__}: {first}{place}"
