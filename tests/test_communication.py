@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, quick_compile):
     out = tmp_path_factory.mktemp("communication")
-    communication.main(["--toy", "--out", str(out)])
+    communication.main(["--toy", "--bytes_only", "--out", str(out)])
     return json.loads((out / f"{record.stem('communication')}.json").read_text())["results"]
 
 
@@ -32,15 +32,6 @@ def test_as_many_bytes_as_remat_and_no_state_or_side_bit(results):
     gathered = row["reversible"]["bytes_in_scans"]["all-gather"]
     assert gathered >= TOY.depth * 2 * 2 * states / 2
     assert row["reversible"]["bytes"]["all-reduce"] > 4 * TOY.depth * 4 * TOY.width**2 / 2
-
-
-def test_weak_scaling_is_taken_in_turns(results):
-    (row,) = results["weak_scaling"]
-    assert row["devices"] == 2 and row["batch"] == 2 * TOY.batch // 4
-    assert {name: len(values) for name, values in row["seconds"].items()} == dict.fromkeys(
-        VARIANTS, 2
-    )
-    assert row["ratio_to_remat"] > 0
 
 
 def test_over_tensor_one_all_reduce_of_h_more_per_block():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.plan import compare, gpt2, vit
+from benchmarks.plan import compare, gpt2
 from configs import gpt2_e2e, gpt2_openwebtext, vit_cifar10
 from train.config import Config
 from train.plan.compare import first_depth, make_plans, table
@@ -17,21 +17,16 @@ _HUGE = {"batch": 64, "length": 512, "depth": 48}  # so that it matters what blo
 _SMALL = {"batch": 8, "length": 128, "width": 64, "depth": 4, "vocab": 512}
 
 
-@pytest.mark.parametrize(
-    ("make", "mesh", "backprop", "sizes"),
-    [
-        (gpt2, {"fsdp": 2, "sequence": 2}, "reversible", _HUGE),
-        pytest.param(vit, {"data": 2, "tensor": 2}, "remat", {}, marks=pytest.mark.slow),
-    ],
-)
-def test_a_plan_is_within_a_tenth_of_the_compiled_program(make, mesh, backprop, sizes):
-    row = compare(*make(mesh, backprop, **sizes), default=False)
+def test_a_plan_is_within_a_tenth_of_the_compiled_program():
+    """One case here; benchmarks/results/plan.json has all meshes, and a ViT."""
+    mesh = {"fsdp": 2, "sequence": 2}
+    row = compare(*gpt2(mesh, "reversible", **_HUGE), default=False)
     assert abs(row["ratio"] - 1) < 0.1
-    other = {"reversible": "remat", "remat": "store"}[backprop]
-    wrong = make_plan(*make(mesh, other, **sizes), "cpu").total
-    assert wrong > 1.1 * row["compiled"]
-    wrong = make_plan(*make({}, backprop, **sizes), "cpu").total
-    assert wrong > 1.5 * row["compiled"]
+    for other, less in (
+        (gpt2(mesh, "remat", **_HUGE), 1.1),
+        (gpt2({}, "reversible", **_HUGE), 1.5),
+    ):
+        assert make_plan(*other, "cpu").total > less * row["compiled"]
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def load_images(
         FileNotFoundError, ValueError: as `train.datasets.registry.open_split`.
     """
     source, builder = open_split(name, split, data_dir, "image", "label")
-    examples = [(example["image"], example["label"]) for example in in_chunks(source, rows)]
+    examples = [(example["image"], example["label"]) for example in in_chunks(source, rows=rows)]
     images = np.stack([image for image, _ in examples])
     labels = np.asarray([label for _, label in examples], np.int32)
     num_classes = builder.info.features["label"].num_classes
