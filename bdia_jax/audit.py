@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from bdia_jax._split import Split
 from bdia_jax.fixed_point import FixedPoint, quantize
 from bdia_jax.scan import BlockFn, forward_scan, prepare, reverse_scan
-from bdia_jax.split import Split
 
 # A drift seen once may be larger on other data: suggest room for twice as much.
 _SAFETY = 2.0

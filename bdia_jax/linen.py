@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bdia_jax._checks import check_magnitude
+from bdia_jax._flax import cast_floats, check_dtype
+from bdia_jax._parts import choose_parts
 from bdia_jax.fixed_point import FixedPoint
-from bdia_jax.parts import choose_parts
-from bdia_jax.precision import cast_floats, check_dtype
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._checks import check_magnitude
+from bdia_jax._parts import choose_parts
+from bdia_jax._stack import Stack, call_branch, call_whole, draw, stacked_params
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
-from bdia_jax.parts import choose_parts
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 from bdia_jax.sharding import constrain
-from bdia_jax.stacked import Stack, call_branch, call_whole, draw, stacked_params
 
 __all__ = ["BDIAStack", "stacked_params"]
 
@@ -85,7 +85,7 @@ class BDIAStack(Stack):
     LayerNorm takes its statistics in float32 and returns dtype. State is never cast; a BatchNorm
     of NNX that names no dtype thus returns the float32 of its statistics.
     A block that ends in bfloat16 returns h in steps of 2^-6 at magnitude 4, eight quanta: one
-    rounding that comes out different is more than a guard bit absorbs. `bdia_jax.rounding` makes
+    rounding that comes out different is more than a guard bit absorbs. `bdia_jax._rounding` makes
     every one come out the same on a CPU; elsewhere `choose_guard_bits` measures what is needed.
 
     Example:

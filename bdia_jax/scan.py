@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from bdia_jax import _checks
-from bdia_jax.autodiff import autodiff_scan
-from bdia_jax.blocks import Blocks, make_blocks
-from bdia_jax.branches import value, value_and_vjp
-from bdia_jax.chunks import BATCH, add_consts, cut, cut_consts, fold, loop, put
+from bdia_jax._autodiff import autodiff_scan
+from bdia_jax._block import Blocks, make_blocks
+from bdia_jax._branches import value, value_and_vjp
+from bdia_jax._chunks import BATCH, add_consts, cut, cut_consts, fold, loop, put
+from bdia_jax._split import Split, per_sample, split
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import inverse_step, step
-from bdia_jax.split import Split, per_sample, split
 
 PyTree = Any
 BlockFn = Callable[..., Any] | Sequence[Callable[..., Any]]

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bdia_jax.stacked import Stack, stacked_params
+from bdia_jax._stack import Stack, stacked_params
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")  # the batch is split over both; fsdp splits the parameters too

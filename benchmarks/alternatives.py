@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bdia_jax.stacked import Stack, call_whole
+from bdia_jax._stack import Stack, call_whole
 
 # inside a scan nothing can be merged across the two passes, so no barriers are needed
 _checkpoint = partial(jax.checkpoint, prevent_cse=False)

@@ -38,9 +38,9 @@ from benchmarks.digits import GPU, TOY, Size, beyond, digits_task, make_config
 from benchmarks.stack import LABELS, MIB, VARIANTS, Maker, color
 from benchmarks.step_time import is_out_of_memory
 from train.config import Config
-from train.images import normalize
-from train.program import Program, compile_steps, make_program
-from train.task import Task
+from train.loop.program import Program, compile_steps, make_program
+from train.tasks.images import normalize
+from train.tasks.task import Task
 
 COMPARED = ["plain", "remat", "remat_sqrt"]  # planned only
 SCORES = ("loss", "accuracy")

@@ -12,8 +12,8 @@ from bdia_jax.models.vit import ViT
 from benchmarks.stack import Maker, Shape
 from configs import vit_digits
 from train.config import Config
-from train.images import Images, make_task
-from train.task import Task
+from train.tasks.images import Images, make_task
+from train.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Stacks of the paper's CIFAR blocks with dropout 0.1, audited for 0 to 4 guard bi
 multiplies the input and the last projection of both branches, so that h grows with it: 1 is
 initialization. Drift is in quanta of 2^-9, null if not even 7 guard bits could bear it.
 
-The negative control is bfloat16-unpinned: the same blocks without `bdia_jax.rounding`, so that XLA
+The negative control is bfloat16-unpinned: the same blocks without `bdia_jax._rounding`, so that XLA
 keeps float32 between two fused bfloat16 operations where it can, and not in the same places
 forward and backward.
 """
@@ -75,7 +75,7 @@ def audit_case(name: str, shape: Shape, depth: int, scale: float, guards: range)
     x = scale * jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
     stack = make_stack(shape, depth, scale, h_dtype)
     rows = []
-    unpinned = mock.patch("bdia_jax.split.pin_rounding", lambda fn: fn)
+    unpinned = mock.patch("bdia_jax._split.pin_rounding", lambda fn: fn)
     with (
         jax.default_matmul_precision(precision) if precision else nullcontext(),
         unpinned if name.endswith("unpinned") else nullcontext(),

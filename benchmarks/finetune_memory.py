@@ -14,10 +14,10 @@ from bdia_jax import memory_report
 from benchmarks import record
 from benchmarks.stack import MIB
 from configs import common, gpt2_e2e
-from train.causal_lm import make_causal_lm
 from train.config import Config
-from train.program import compile_steps, make_program
-from train.train import load_task
+from train.loop.program import compile_steps, make_program
+from train.loop.train import load_task
+from train.tasks.causal_lm import make_causal_lm
 
 # row: (run of the config, changes of it)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,9 +34,9 @@ from benchmarks.fuzz_cases import Case, make_case, make_tiny
 from train import cli, evaluate, export, generate, paper, prepare, report
 from train.config import Config
 from train.datasets.registry import open_split
-from train.program import check_fits, lower_steps, make_program
-from train.train import load_task
-from train.workdir import holds_run, open_workdir, read_config
+from train.loop.program import check_fits, lower_steps, make_program
+from train.loop.train import load_task
+from train.run.workdir import holds_run, open_workdir, read_config
 
 _HERE = Path(__file__).parent.parent
 _SECONDS = 60  # more for one case is a failure, too
@@ -56,7 +56,7 @@ def run_case(case: Case, scratch: Path, train: Callable[..., Any] | None = None)
     Args:
         case: of `make_case`.
         scratch: of `make_scratch`; the current folder meanwhile.
-        train: stands for train.train.train; by default what that does before it reads data.
+        train: stands for train.loop.train.train; by default what that does before it reads data.
     """
     arguments = [argument.replace("{S}", str(scratch)) for argument in case.arguments]
     said = io.StringIO()

@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks import record
 from configs import vit_digits
-from train.checkpoint import Checkpoints
 from train.config import Config
-from train.log import read_records
-from train.program import make_program
-from train.train import load_task, train
+from train.loop.log import read_records
+from train.loop.program import make_program
+from train.loop.train import load_task, train
+from train.run.checkpoint import Checkpoints
 
 TMP = ".orbax-checkpoint-tmp"
 
@@ -57,7 +57,7 @@ class Runs:
             "jax_disable_most_optimizations": unoptimized,
         }
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["train.train", "configs.vit_digits"])
+        self._context.set_forkserver_preload(["train.loop.train", "configs.vit_digits"])
 
     def start(self, workdir: Path) -> Any:
         """A process that trains on `workdir`."""

@@ -32,9 +32,9 @@ from bdia_jax.nnx import BDIAStack
 from benchmarks import record
 from benchmarks.digits import Size, digits_task, make_config
 from train.config import Config
-from train.guard_bits import stack_inputs
-from train.program import make_program
-from train.task import Task
+from train.loop.guard_bits import stack_inputs
+from train.loop.program import make_program
+from train.tasks.task import Task
 
 LABELS = {
     "float32": "float32",

@@ -27,11 +27,11 @@ from benchmarks import record
 from benchmarks.stack import MIB
 from configs import gpt2_openwebtext, vit_cifar10
 from train.config import Config
+from train.loop.program import compile_steps, lower_steps, make_program
 from train.plan.compare import first_depth, make_plans
 from train.plan.estimate import Plan, make_plan
 from train.plan.task import abstract_task, image_task, text_task
-from train.program import compile_steps, lower_steps, make_program
-from train.task import Task
+from train.tasks.task import Task
 
 MESHES: dict[str, dict[str, int]] = {
     "1 device": {},

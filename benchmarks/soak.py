@@ -14,7 +14,7 @@ or sizes up to 1.
 
 The controls are counted by the same code, and two of the three must show mismatches: a block
 that is off by +-1e-5 in the backward pass, with the parity bit alone and, exact again, with one
-guard bit; bfloat16 without `bdia_jax.rounding`.
+guard bit; bfloat16 without `bdia_jax._rounding`.
 
 A line is added to soak_rounds.jsonl after every round; started again, the program goes on from
 there.
@@ -142,7 +142,7 @@ compiled = cache(Soak)
 
 
 def _without_pins():
-    return mock.patch("bdia_jax.split.pin_rounding", lambda fn: fn)
+    return mock.patch("bdia_jax._split.pin_rounding", lambda fn: fn)
 
 
 # --- all of them -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Setting:
     data, fsdp, tensor, sequence: devices, as in `bdia_jax.sharding.make_mesh`.
     largest: of `SCALES`.
     off: by how much h is off in the backward pass.
-    pinned: False for bfloat16 without `bdia_jax.rounding`.
+    pinned: False for bfloat16 without `bdia_jax._rounding`.
     """
 
     kind: str = "transformer"

@@ -18,9 +18,9 @@ from benchmarks import record
 from benchmarks.stack import MIB
 from configs import common, vit_cifar10
 from train.config import Config
-from train.images import Images, make_task
+from train.loop.program import compile_steps, make_program
 from train.model_config import ViTConfig
-from train.program import compile_steps, make_program
+from train.tasks.images import Images, make_task
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}
 # row: (run of the config, changes of it)

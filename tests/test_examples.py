@@ -10,7 +10,7 @@ import bdia_jax
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 def load(path):

@@ -8,8 +8,8 @@ from ml_collections import config_flags
 
 from train import cli
 from train.config import Config
-from train.processes import is_first, join
-from train.train import memory_line, train
+from train.devices.processes import is_first, join
+from train.loop.train import memory_line, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, for example configs/vit_digits.py or configs/x.py:smoke."

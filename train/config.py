@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
+from train.devices.mesh import MeshConfig
 from train.inputs import DataToTextInput, ImageInput, PairInput, TextInput
-from train.mesh import MeshConfig
 from train.model_config import (
     GPT2Config,
     LoRAConfig,

@@ -21,15 +21,15 @@ from flax import nnx
 
 from bdia_jax import FixedPoint
 from bdia_jax.nnx import BDIAStack
-from train.agreement import Agreement, compare
 from train.cli import parse_args, told
+from train.data.text import load_text
 from train.generate import check_vocabulary, choose_tokenizer
-from train.language import Sequences
-from train.log import origin
-from train.restore import open_run
-from train.task import Metrics, group_size
-from train.text import load_text
-from train.train import load_task
+from train.inference.agreement import Agreement, compare
+from train.inference.open_run import open_run
+from train.loop.log import origin
+from train.loop.train import load_task
+from train.tasks.language import Sequences
+from train.tasks.task import Metrics, group_size
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Agreement]:
@@ -75,7 +75,7 @@ def _texts(args: argparse.Namespace, run: Any) -> tuple[dict[str, Any], Any, Any
     check_vocabulary(run.model, int(windows.max()))
 
     def metrics(model: Any, batch: Sequences, rngs: Any) -> Metrics:
-        """As in `train.language`, documents of a window seeing each other."""
+        """As in `train.tasks.language`, documents of a window seeing each other."""
         features = model.features(batch.tokens[:, :-1], rngs=rngs)
         loss = model.loss(features, batch.tokens[:, 1:])
         return {"loss": (loss.sum(-1), jnp.full(len(loss), loss.shape[1], jnp.float32))}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from bdia_jax import interop
 from train.cli import parse_args, told
-from train.pretrained import FOLDER
-from train.restore import Run, open_run
-from train.tokens import Bpe
+from train.data.tokens import Bpe
+from train.inference.open_run import Run, open_run
+from train.run.pretrained import FOLDER
 
 
 def export(workdir: Path, folder: Path, data_dir: str = "") -> None:

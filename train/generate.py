@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.generate import generate, generate_beam, translate
 from bdia_jax.models.transformer import Transformer
+from bdia_jax.text.generate import generate, generate_beam, translate
 from train.cli import parse_args, told
+from train.data.tokens import EOS, PAD, Tokenizer, open_tokenizer
+from train.inference.open_run import open_run
 from train.inputs import DataToTextInput
-from train.restore import open_run
-from train.tokens import EOS, PAD, Tokenizer, open_tokenizer
 
 
 def continue_texts(
@@ -40,13 +40,13 @@ def continue_texts(
     """What the model writes behind each prompt, up to the end of the text or num_tokens tokens.
 
     Args:
-        model: a `bdia_jax.generate.CausalLM`.
+        model: a `bdia_jax.text.generate.CausalLM`.
         tokenizer: the one it was trained with.
         prompts: all continued at once; an empty one begins a new text.
         num_tokens: at most.
         seed, temperature, top_k: as in `generate`; seed makes its key.
         beam_size: 0 draws; above, the next two arguments go to `generate_beam`.
-        are_meanings: end of text comes behind each prompt, as `train.data_to_text` trains.
+        are_meanings: end of text comes behind each prompt, as `train.tasks.data_to_text` trains.
 
     Raises:
         ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def choose_tokenizer(name: str, folder: Path, own: Tokenizer | None) -> Tokenizer:
-    """The tokenizer named (see `train.tokens.open_tokenizer`), else the folder's own.
+    """The tokenizer named (see `train.data.tokens.open_tokenizer`), else the folder's own.
 
     Raises:
         FileNotFoundError, ValueError: as `open_tokenizer`; none named, and the folder has none.

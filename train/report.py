@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train.cli import parse_args, told
-from train.log import read_records
+from train.loop.log import read_records
+from train.loop.train import NOT_METRICS
 from train.sweep import load_experiment
-from train.train import NOT_METRICS
 
 
 @dataclasses.dataclass(frozen=True)

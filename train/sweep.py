@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from train import cli
 from train.config import Config
 from train.datasets.registry import open_builder
-from train.train import train
+from train.loop.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment; --config.field=value changes a field of all of its runs."

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax._stack import Stack
 from bdia_jax.models.language_model import LanguageModel, take_rows
 from bdia_jax.models.llama_blocks import LlamaBlock, RotaryAttention, SwiGLU
 from bdia_jax.models.rope import RopeScaling
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.stacked import Stack
 
 _STD = 0.02
 

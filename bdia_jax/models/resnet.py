@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax._stack import Stack
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.stacked import Stack
 
 _he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 _conv = partial(nnx.Conv, use_bias=False, kernel_init=_he)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import losses
+from bdia_jax._stack import Stack
 from bdia_jax.models.blocks import MLP, Attention, CrossAttention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.stacked import Stack
 
 PAD = 0
 

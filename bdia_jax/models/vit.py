@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax._stack import Stack
 from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.stacked import Stack
 
 
 class ViT(nnx.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from train.config import Config
 from train.plan.estimate import Plan, make_plan
 from train.plan.task import abstract_task
-from train.task import Task
+from train.tasks.task import Task
 
 BACKPROPS = ("reversible", "remat", "store")
 _KEPT = {"reversible": "side bits", "remat": "states", "store": "residuals"}

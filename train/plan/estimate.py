@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
+from bdia_jax._stack import Stack
 from bdia_jax.models.attention import choose_implementation
 from bdia_jax.sharding import AXES, batch_sharding
-from bdia_jax.stacked import Stack
 from train.config import Config
+from train.devices.mesh import MeshConfig
 from train.inputs import TextInput
-from train.mesh import MeshConfig
+from train.loop.state import Training
 from train.plan.flat import Equation, Split, Value, flatten, split_of
 from train.plan.live import Device, Peak, peaks
 from train.plan.spread import Spread
-from train.state import Training
-from train.task import Task
+from train.tasks.task import Task
 
 _HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
 
@@ -127,7 +127,7 @@ def make_plan(config: Config, task: Task, device: str = "gpu") -> Plan:
 def _trace(
     training: Training, task: Task, state: Any, batch: Any
 ) -> tuple[list[Equation], list[Value], list[Value]]:
-    """The gradient as `train.program` takes it: equations, arguments, results.
+    """The gradient as `train.loop.program` takes it: equations, arguments, results.
 
     Parameters come first among the arguments, and their gradients among the results.
     """

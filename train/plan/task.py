@@ -8,16 +8,16 @@ from flax import nnx
 
 from bdia_jax import interop
 from bdia_jax.models.transformer import Transformer
-from train import images
-from train.causal_lm import make_causal_lm
 from train.config import Config
-from train.data_to_text import Sentences
+from train.data.text import PairBucket, attention_mask, positions, segments
 from train.datasets.registry import open_builder
-from train.images import Images
 from train.inputs import DataToTextInput, ImageInput, PairInput, TextInput
-from train.language import Sequences
-from train.task import Metrics, Task
-from train.text import PairBucket, attention_mask, positions, segments
+from train.tasks import images
+from train.tasks.causal_lm import make_causal_lm
+from train.tasks.data_to_text import Sentences
+from train.tasks.images import Images
+from train.tasks.language import Sequences
+from train.tasks.task import Metrics, Task
 
 _VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 

@@ -1,0 +1,169 @@
+"""K copies of an NNX block: one module with stacked variables, and pure functions of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax._flax import cast_floats, check_dtype
+
+
+class Stack(nnx.Module):
+    """What all stacks of K residual blocks share; `bdia_jax.nnx` and `.baselines` have them.
+
+    Args:
+        make_block: (rngs) -> nnx.Module.
+        depth: K, the number of blocks.
+        rngs: initializes the blocks, one key a block, and seeds the stack's own streams
+            "gamma" and "dropout".
+        backprop, has_aux, dtype, mesh: as in the stack.
+
+    Attributes:
+        blocks: one block module whose variables are stacked on a leading axis K.
+        deterministic: True at inference; `train()` and `eval()` of this or any enclosing
+            module set it.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        depth: int,
+        *,
+        rngs: nnx.Rngs,
+        backprop: str = "reversible",
+        has_aux: bool = False,
+        dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        if depth < 1:
+            raise ValueError(f"depth is {depth}, expected at least one block")
+        stacked_init = nnx.vmap(lambda block_rngs: make_block(block_rngs))
+        self.blocks = stacked_init(rngs.split(depth))
+        self.rngs = nnx.Rngs(gamma=draw(rngs, "gamma"), dropout=draw(rngs, "dropout"))
+        self.depth = depth
+        self.backprop = backprop
+        self.has_aux = has_aux
+        self.deterministic = False
+        self.dtype = dtype
+        self.mesh = mesh
+
+    @property
+    def dtype(self) -> Any:
+        """What the blocks compute in; None if they decide."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: Any) -> None:
+        self._dtype = check_dtype(dtype)
+
+    def out_features(self, width: int) -> int:
+        """The last axis of what the stack returns for x [B, ..., width]."""
+        return width
+
+    def pure(self, rngs: nnx.Rngs, *calls: Callable[..., Any]) -> "Pure":
+        """The blocks as pure functions, one for each `call(block, x, *consts)`.
+
+        In training mode every random stream inside the blocks gets new keys from the stream
+        "dropout" of rngs, one a block, and others in each function but the first. With `dtype`
+        they cast parameters, x and consts; state and keys stay as they are.
+        """
+        dtype = self.dtype
+        graphdef, weights, keys, counts, state = nnx.split(
+            self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
+        )
+        has_state = bool(jax.tree.leaves(state))
+        if not self.deterministic and jax.tree.leaves(keys):
+            keys = _reseed(keys, draw(rngs, "dropout"), self.depth)
+
+        def pure_block(index, call):
+            def block_fn(params_k, x, *consts):
+                weights, keys, *rest = params_k
+                if index:  # streams start anew in every function
+                    keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), keys)
+                weights, x, consts = cast_floats((weights, x, consts), dtype)
+                block = nnx.merge(graphdef, weights, keys, *rest)
+                out = call(block, x, *consts)
+                h, aux = out if self.has_aux else (out, None)
+                aux = cast_floats(aux, None if dtype is None else jnp.float32)
+                new_state = nnx.split(block, nnx.Param, nnx.RngState, ...)[3] if has_state else None
+                return h, (aux, jax.lax.stop_gradient(new_state))
+
+            return block_fn
+
+        block_fns = tuple(pure_block(index, call) for index, call in enumerate(calls))
+        return Pure(block_fns, (weights, keys, counts, state), has_state)
+
+    def state_names(self) -> list[str]:
+        """The blocks' variables that are neither parameters nor random state (batch statistics)."""
+        is_state = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+        paths = nnx.state(self.blocks, is_state).flat_state()
+        return [".".join(map(str, path)) for path, _ in paths]
+
+    def finish(self, out: Any, aux: tuple[Any, Any], has_state: bool) -> Any:
+        """The result of a call, after the blocks' state is updated from the scan's aux."""
+        aux, new_state = aux
+        if has_state:
+            nnx.update(self.blocks, new_state)
+        return (out, aux) if self.has_aux else out
+
+
+class Pure(NamedTuple):
+    """Blocks as functions (params_k, x, *consts) -> (h, (aux, new state))."""
+
+    block_fns: tuple[Callable[..., Any], ...]
+    params: Any
+    has_state: bool
+
+
+def call_whole(block: Any, x: jax.Array, *consts: Any) -> Any:
+    """The block's own h."""
+    return block(x, *consts)
+
+
+def call_branch(name: str, block: Any, x: jax.Array, *consts: Any) -> Any:
+    """One branch of h, the block's method of that name."""
+    return getattr(block, name)(x, *consts)
+
+
+def stacked_params(model: nnx.Module) -> nnx.State:
+    """Which parameters of `model` belong to a stack, for optimizers that work per layer.
+
+    Returns:
+        A State like `nnx.state(model, nnx.Param)` with a bool in place of each array: True
+        where the leading axis counts blocks. Hand it to `bdia_jax.optim.set_adam`.
+    """
+    prefixes = [
+        (*path, "blocks") for path, module in nnx.iter_modules(model) if isinstance(module, Stack)
+    ]
+
+    def is_stacked(path, _):
+        return any(path[: len(prefix)] == prefix for prefix in prefixes)
+
+    return nnx.map_state(
+        lambda path, variable: variable.replace(is_stacked(path, variable)),
+        nnx.state(model, nnx.Param),
+    )
+
+
+def draw(rngs: nnx.Rngs, stream: str) -> jax.Array:
+    """The next key of a stream, or of the default one."""
+    # not rngs.gamma(): that is jax.random.gamma when there is no such stream
+    try:
+        return rngs[stream]()
+    except KeyError:
+        raise ValueError(
+            f"rngs has no stream {stream!r} and no default; make it with nnx.Rngs(seed) or "
+            f"nnx.Rngs(params=..., {stream}=...)"
+        ) from None
+
+
+def _reseed(keys: nnx.State, key: jax.Array, depth: int) -> nnx.State:
+    """New keys [K] for every random stream inside the blocks, so that masks differ by call."""
+    leaves, treedef = jax.tree.flatten(keys)
+    fresh = [
+        jax.random.split(jax.random.fold_in(key, index), depth).reshape(leaf.shape)
+        for index, leaf in enumerate(leaves)
+    ]
+    return treedef.unflatten(fresh)

@@ -1,0 +1,282 @@
+"""float_scan: reversible residual stacks in floating point, which rebuild states inexactly.
+
+The baselines of BDIA share one recurrence, x_{k+1} = a_k x_{k-1} + b_k x_k + c_k h_k(x_k),
+undone by solving for x_{k-1}. No side bits are kept, so every rebuild adds rounding errors,
+and the next one builds on them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from bdia_jax import _checks
+from bdia_jax._split import Block, Split, per_sample, split, split_block
+
+PyTree = Any
+
+
+class Coefficients(NamedTuple):
+    """a_k, b_k, c_k for every step k: float32 [S, B] or [S, 1] each."""
+
+    a: Any
+    b: Any
+    c: Any
+
+
+def midpoint(depth: int) -> Coefficients:
+    """x_{k+1} = x_{k-1} + 2 h_k(x_k) after one Euler step x_1 = x_0 + h_0(x_0)."""
+    a = np.ones((depth, 1), np.float32)
+    b, c = 0 * a, 2 * a
+    a[0], b[0], c[0] = 0, 1, 1
+    return Coefficients(a, b, c)
+
+
+def two_stream(depth: int) -> Coefficients:
+    """y_1 = x_1 + f(x_2), y_2 = x_2 + g(y_1): two steps a block, x_{k+1} = x_{k-1} + h_k(x_k)."""
+    ones = np.ones((2 * depth, 1), np.float32)
+    return Coefficients(ones, 0 * ones, ones)
+
+
+def float_bdia(gamma: jax.Array) -> Coefficients:
+    """Eq. 10, which eq. 16 of arXiv 2407.09093 undoes. gamma: [K, B] from `sample_gamma`."""
+    return Coefficients(gamma, 1 - gamma, 1 + gamma)
+
+
+def float_scan(
+    block_fns: tuple[Callable[..., Any], ...],
+    params: PyTree,
+    x_prev: jax.Array,
+    x: jax.Array,
+    coefficients: Coefficients,
+    *consts: PyTree,
+    backprop: str = "reversible",
+    has_aux: bool = False,
+) -> Any:
+    """Runs x_{k+1} = a_k x_{k-1} + b_k x_k + c_k h_k(x_k) and returns the last two states.
+
+    The backward pass of "reversible" starts from these two alone and solves each step for
+    x_{k-1} in float32. That is inexact: gradients agree with "store" as far as the rebuilt
+    states agree with the forward's, which `rebuild_errors` measures. Each function is
+    evaluated once per block on the way back, for the rebuild and the vjp together.
+
+    Args:
+        block_fns: the functions of one block, called in turn, one step each:
+            (params_k, x, *consts) -> h, or (h, aux) with `has_aux`. All get the whole
+            params_k. As in `bdia_scan` otherwise.
+        params: pytree of arrays stacked on a leading axis K, as in `bdia_scan`.
+        x_prev, x: x_{-1} and x_0, float32 or bfloat16 [B, ..., D].
+        coefficients: S = K len(block_fns) steps. a_k may be 0 in the first step alone, whose
+            x_{-1} is then lost; anywhere else it makes the gradients of "reversible" infinite
+            or NaN where it cannot be refused (inside jit). No gradient flows into them.
+        *consts: pytrees handed to every function, as in `bdia_scan`.
+        backprop: "reversible", or "store": autodiff of the same forward, the reference.
+        has_aux: whether the functions return (h, aux).
+
+    Returns:
+        (x_{S-1}, x_S), float32; with `has_aux` ((x_{S-1}, x_S), aux), aux being a tuple with
+        the stacked [K, ...] aux of every function.
+
+    Raises:
+        ValueError: at trace time, with the offending value and the remedy.
+
+    Example:
+        >>> w = 0.1 * jax.random.normal(jax.random.key(0), (12, 16, 16))
+        >>> x = jax.random.normal(jax.random.key(1), (4, 16))
+        >>> blocks = (lambda w, x: jnp.tanh(x @ w),)
+        >>> loss = lambda w: jnp.sum(float_scan(blocks, w, x, x, midpoint(12))[1])
+        >>> jax.grad(loss)(w).shape
+        (12, 16, 16)
+    """
+    if backprop not in ("reversible", "store"):
+        raise ValueError(f"backprop is {backprop!r}, expected one of reversible, store")
+    call = _prepare(
+        block_fns, params, x_prev, x, coefficients, consts, has_aux, backprop == "reversible"
+    )
+    if backprop == "reversible":
+        result: Any = _reversible(call.blocks, *call.operands)
+        states, aux = result
+    else:
+        states, (aux, _) = _forward(call.blocks, *call.operands)
+    if not has_aux:
+        return states
+    return states, tuple(merge(*a) for merge, a in zip(call.merge_aux, aux, strict=True))
+
+
+def rebuild_errors(
+    block_fns: tuple[Callable[..., Any], ...],
+    params: PyTree,
+    x_prev: jax.Array,
+    x: jax.Array,
+    coefficients: Coefficients,
+    *consts: PyTree,
+    has_aux: bool = False,
+) -> jax.Array:
+    """How far each rebuilt state is from the forward's: the drift of the paper's Fig. 2.
+
+    One compiled forward and backward pass, gradients included, as training runs them.
+
+    Args:
+        As `float_scan`. All states must fit in memory.
+
+    Returns:
+        float32 [K]: entry k is the largest |rebuilt - forward| of the states at which the
+        backward pass evaluates block k. The last of all states is kept, so with one
+        function per block the last entry is 0.
+    """
+    call = _prepare(block_fns, params, x_prev, x, coefficients, consts, has_aux, True)
+
+    @jax.jit
+    def measure(params, states, coefficients, consts):
+        last, (aux, kept) = _forward(
+            call.blocks, params, states, coefficients, consts, keep_states=True
+        )
+        ct_aux = [jax.tree.map(jnp.ones_like, a.diff) for a in aux]
+        # the gradients of |x_S|^2 / 2 are returned lest they be optimized away
+        ct_states = jnp.zeros_like(last[0]), last[1]
+        return _reverse(call.blocks, params, last, coefficients, consts, ct_states, ct_aux, kept)
+
+    _, errors = measure(*call.operands)
+    return errors
+
+
+class _Call(NamedTuple):
+    blocks: tuple[Block, ...]
+    merge_aux: tuple[Callable[[list, list], PyTree], ...]
+    operands: tuple
+
+
+def _prepare(
+    block_fns, params, x_prev, x, coefficients, consts, has_aux, must_be_reversible
+) -> _Call:
+    """Checks everything, and separates what is differentiated from what is not."""
+    if not block_fns:
+        raise ValueError("block_fns is empty, expected at least one function")
+    params = _checks.as_arrays(params, "params")
+    consts = _checks.as_arrays(consts, "consts")
+    x_prev, x = _checks.check_x0(x_prev), _checks.check_x0(x)
+    if x_prev.shape != x.shape:
+        raise ValueError(f"x_prev has shape {x_prev.shape} and x {x.shape}; they must be equal")
+    depth = _checks.check_depth(params)
+    coefficients = _check_coefficients(
+        coefficients, depth, len(block_fns), x.shape[0], must_be_reversible
+    )
+    prepared = [split_block(fn, params, x, consts, has_aux) for fn in block_fns]
+    blocks, aux_shapes = zip(*prepared, strict=True)
+    merge_aux = tuple(split(shape)[1] for shape in aux_shapes)
+    states = (x_prev.astype(jnp.float32), x.astype(jnp.float32))
+    return _Call(blocks, merge_aux, (split(params)[0], states, coefficients, split(consts)[0]))
+
+
+def _check_coefficients(coefficients, depth, functions, batch, must_be_reversible):
+    """float32 [K, functions, B or 1] each."""
+    steps = depth * functions
+    for name, given in zip("abc", coefficients, strict=True):
+        if given.ndim != 2 or given.shape[0] != steps or given.shape[1] not in (1, batch):
+            raise ValueError(
+                f"coefficient {name} has shape {given.shape}, expected [{steps}, {batch}] or "
+                f"[{steps}, 1]: one row for each of {functions} function(s) of {depth} block(s)"
+            )
+    a = coefficients[0]
+    if must_be_reversible and not isinstance(a, Tracer) and not np.all(a[1:]):
+        raise ValueError(
+            f"coefficient a is 0 in step {1 + int(np.argwhere(a[1:] == 0)[0, 0])}, so that step "
+            "cannot be undone; only the first may have a = 0, or use backprop='store'"
+        )
+
+    def by_block(given):
+        given = jax.lax.stop_gradient(jnp.asarray(given, jnp.float32))
+        return given.reshape(depth, functions, given.shape[1])
+
+    return Coefficients(*map(by_block, coefficients))
+
+
+# --- forward, and the way back -------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reversible(blocks, params: Split, states, coefficients, consts: Split):
+    states, (aux, _) = _forward(blocks, params, states, coefficients, consts)
+    return states, aux
+
+
+def _forward(blocks, params: Split, states, coefficients, consts: Split, keep_states=False):
+    """((x_{S-1}, x_S), (aux of every function [K, ...], every x_k if they are kept))."""
+
+    def body(carry, block_inputs):
+        x_prev, x = carry
+        params_k, coefficients_k = block_inputs
+        auxes, kept = [], []
+        for i, block in enumerate(blocks):
+            a, b, c = (per_sample(y[i], x) for y in coefficients_k)
+            h, aux = block(params_k, x, consts)
+            auxes.append(aux)
+            kept.append(x)
+            x_prev, x = x, a * x_prev + b * x + c * h
+        return (x_prev, x), (auxes, kept if keep_states else None)
+
+    return jax.lax.scan(body, states, (params, coefficients))
+
+
+def _reversible_fwd(blocks, params, states, coefficients, consts):
+    states, (aux, _) = _forward(blocks, params, states, coefficients, consts)
+    return (states, aux), (params, states, coefficients, consts)
+
+
+def _reversible_bwd(blocks, residuals, cotangents):
+    ct_states, ct_aux = cotangents
+    params, states, coefficients, consts = residuals
+    ct_aux = [aux.diff for aux in ct_aux]
+    (ct_params, ct_states, ct_consts), _ = _reverse(
+        blocks, params, states, coefficients, consts, ct_states, ct_aux
+    )
+    return Split(ct_params, None), ct_states, None, Split(ct_consts, None)
+
+
+def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, kept=None):
+    """Rebuilds every state in floating point and accumulates cotangents on the way.
+
+    With u the cotangent of x_{k+1}: x_{k-1} gets a_k u; x_k gets b_k u + J_h^T c_k u;
+    params_k and consts get their vjp under c_k u. `kept` are the forward's states x_k; with
+    them the largest error of each block comes back [K].
+    """
+    # a_0 may be 0, and x_{-1} is not needed
+    divisors = coefficients.a.at[0, 0].set(1.0)
+
+    def body(carry, block_inputs):
+        x, x_next, u_here, u, ct_consts = carry
+        params_k, coefficients_k, divisors_k, ct_aux_k, kept_k = block_inputs
+        ct_params_k = jax.tree.map(jnp.zeros_like, params_k.diff)
+        errors = []
+        for i in reversed(range(len(blocks))):
+
+            def differentiable(diff, x, diff_consts, block=blocks[i]):
+                h, aux = block(Split(diff, params_k.data), x, Split(diff_consts, consts.data))
+                return h, aux.diff
+
+            a, b, c = (per_sample(y[i], x) for y in coefficients_k)
+            (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
+            x_prev = (x_next - b * x - c * h) / per_sample(divisors_k[i], x)
+
+            if kept_k is not None:
+                errors.append(jnp.max(jnp.abs(x - kept_k[i])))
+            ct_params_i, ct_x_block, ct_consts_i = block_vjp((c * u, ct_aux_k[i]))
+            u_here, u = a * u, u_here + b * u + ct_x_block
+            ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
+            ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_i)
+            x, x_next = x_prev, x
+        largest = jnp.max(jnp.stack(errors)) if errors else None
+        return (x, x_next, u_here, u, ct_consts), (ct_params_k, largest)
+
+    init = (*states, *ct_states, jax.tree.map(jnp.zeros_like, consts.diff))
+    (*_, ct_x_prev, ct_x, ct_consts), (ct_params, errors) = jax.lax.scan(
+        body, init, (params, coefficients, divisors, ct_aux, kept), reverse=True
+    )
+    return (ct_params, (ct_x_prev, ct_x), ct_consts), errors
+
+
+_reversible.defvjp(_reversible_fwd, _reversible_bwd)

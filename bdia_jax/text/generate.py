@@ -1,0 +1,321 @@
+"""Generating tokens with a decoder-only model or a Transformer, each token evaluated once.
+
+`generate`, `generate_beam` and `translate` run `sample` and `beam_search` of
+`bdia_jax.text.decode` with a model, the whole loop in one jit.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from bdia_jax.models.blocks import Cache, MemoryCache
+from bdia_jax.models.transformer import PAD, Transformer
+from bdia_jax.text.decode import beam_search, forbid_ngrams, length_power, sample
+
+__all__ = ["CausalLM", "beam_search", "generate", "generate_beam", "sample", "translate"]
+
+PyTree = Any
+
+
+class CausalLM(Protocol):
+    """A decoder-only NNX model, such as GPT2 and Llama, whose blocks hold one causal `attention`.
+
+    That attention has a `cache`, None in training; with a `Cache` there, it extends its keys and
+    values by it and takes its mask.
+
+    Attributes:
+        max_len: most tokens of a sequence.
+        stack: its blocks' attention is `stack.blocks.attention`.
+    """
+
+    max_len: int
+    stack: Any
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 [B, T, D] of tokens int32 [B, T], at positions broadcastable to [B, T]."""
+        ...
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """float32 [B, T, D] -> float32 [B, T, V], of the next tokens."""
+        ...
+
+
+def generate(
+    model: CausalLM,
+    prompt: jax.Array,
+    num_tokens: int,
+    *,
+    prompt_lengths: jax.Array | None = None,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    end_token: int | None = None,
+) -> jax.Array:
+    """The prompt and the tokens the model continues it with, int32 [B, T0 + num_tokens].
+
+    The network is the one of inference, as after `eval()`: no dropout, gamma 0 and states in the
+    stack's fixed point, as it is configured. The model stays as it was, and may be in training
+    mode. Keys and values of earlier tokens are kept. Compiled once for each shape, num_tokens,
+    top_k and end_token.
+
+    Args:
+        model: any `CausalLM`.
+        prompt: int32 [B, T0]; prompts of several lengths have padding, any token, on the left.
+        num_tokens: how many to add, at least one.
+        prompt_lengths: int32 [B], 1 to T0: tokens of each prompt that are not padding. Positions
+            count from the first of them, and padding is never seen. None: no padding.
+        key: of the draws; only temperature 0 needs none.
+        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        top_k: draw among that many likeliest tokens; None: among all.
+        end_token: once drawn, every further token of that sequence is this one.
+
+    Raises:
+        ValueError: more tokens than model.max_len, prompt_lengths that do not fit, a negative
+            temperature, draws without key, top_k outside 1 .. V.
+
+    Example:
+        >>> from bdia_jax.models.gpt2 import GPT2
+        >>> model = GPT2(50, 16, width=8, depth=2, num_heads=2, mlp_dim=32, rngs=nnx.Rngs(0))
+        >>> generate(model, jnp.ones((3, 2), jnp.int32), 5, key=jax.random.key(0)).shape
+        (3, 7)
+    """
+    _check_lengths(model, prompt, num_tokens, prompt_lengths)
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise ValueError(
+            f"temperature is {temperature} and key {key}; pass key=jax.random.key(seed) to "
+            "draw, or temperature=0 for the likeliest token"
+        )
+    graphdef, state = nnx.split(model)
+    arrays = (prompt, prompt_lengths, key, temperature or None)
+    return _generate(graphdef, state, *arrays, num_tokens, top_k, end_token)
+
+
+@partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def _generate(graphdef, state, prompt, lengths, key, temperature, num_tokens, top_k, end_token):
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    prompt, first, place = _open_cache(model, prompt, lengths, num_tokens)
+    logits = model.logits(model.features(prompt, positions=first)[:, -1:])[:, 0]
+    vocab_size = logits.shape[-1]
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k is {top_k}, expected 1 to the vocabulary size {vocab_size}")
+    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
+
+    def step(cache, tokens, index):
+        # a copy: variables from outside the loop must not be written inside it
+        model = nnx.merge(graphdef, cache, rest, copy=True)
+        logits = model.logits(model.features(tokens[:, None], positions=place + index))
+        return nnx.state(model, nnx.Cache), logits[:, 0]
+
+    def choose(logits, index):
+        if temperature is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
+        if top_k is not None:
+            least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(jax.random.fold_in(key, index), logits).astype(jnp.int32)
+
+    new = sample(step, cache, logits, num_tokens, choose, end_token)
+    return jnp.concatenate([prompt, new], axis=1)
+
+
+def _open_cache(model, prompt, lengths, num_tokens):
+    """Gives the model an empty cache; (prompt int32, its positions, that of the next token)."""
+    batch_size, prompt_len = prompt.shape
+    start = None if lengths is None else prompt_len - lengths
+    attention = model.stack.blocks.attention
+    attention.cache = Cache(attention, batch_size, prompt_len + num_tokens, start)
+    first = 0 if start is None else start[:, None]
+    positions = jnp.maximum(jnp.arange(prompt_len)[None] - first, 0)
+    return prompt.astype(jnp.int32), positions, positions[:, -1:] + 1
+
+
+def _check_lengths(model, prompt, num_tokens, prompt_lengths) -> None:
+    batch_size, prompt_len = prompt.shape
+    most = model.max_len - prompt_len
+    if not 1 <= num_tokens <= most:
+        raise ValueError(
+            f"num_tokens is {num_tokens}, expected 1 to {most}: "
+            f"max_len {model.max_len} without the prompt {prompt.shape}"
+        )
+    if prompt_lengths is None:
+        return
+    if jnp.shape(prompt_lengths) != (batch_size,):
+        raise ValueError(
+            f"prompt_lengths has shape {jnp.shape(prompt_lengths)}, expected ({batch_size},), a "
+            f"length for each of the prompts {prompt.shape}"
+        )
+    if isinstance(prompt_lengths, Tracer):
+        return  # values are not known under jit
+    lengths = np.asarray(prompt_lengths)
+    if lengths.min() < 1 or lengths.max() > prompt_len:
+        raise ValueError(
+            f"prompt_lengths are {lengths.min()} to {lengths.max()}, expected 1 to {prompt_len}, "
+            f"the width of the prompts {prompt.shape}"
+        )
+
+
+def generate_beam(
+    model: CausalLM,
+    prompt: jax.Array,
+    num_tokens: int,
+    *,
+    prompt_lengths: jax.Array | None = None,
+    beam_size: int,
+    length_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    ngrams_of_prompt: bool = True,
+    end_token: int,
+    early_stopping: bool | str = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(tokens int32 [B, num_tokens], scores float32 [B]): the best continuation found.
+
+    `beam_search` says what is searched. The arguments mean what they mean for Hugging Face's
+    `generate`, whose tokens and scores these are; only that padding of a prompt is no part of
+    any n-gram here. The network is as in `generate`. Compiled once for each shape, num_tokens,
+    beam_size, no_repeat_ngram, ngrams_of_prompt, end_token and early_stopping.
+
+    Args:
+        model, prompt, num_tokens, prompt_lengths: as in `generate`.
+        beam_size: at least one.
+        length_penalty: alpha; the score of n tokens is their log-probability / n^alpha. LoRA's
+            recipe for E2E NLG has 0.9, a beam of 10 and no_repeat_ngram 4.
+        no_repeat_ngram: n > 0: no n tokens in a row that prompt and continuation had before.
+        ngrams_of_prompt: False: that the continuation alone had before, as in LoRA's programs.
+        end_token: ends a continuation, and fills what is behind it. None of the vocabulary: no end.
+        early_stopping: as in `beam_search`.
+
+    Raises:
+        ValueError: as `generate` and `beam_search`; a negative no_repeat_ngram.
+    """
+    _check_lengths(model, prompt, num_tokens, prompt_lengths)
+    if no_repeat_ngram < 0:
+        raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}, expected 0 for none, or more")
+    graphdef, state = nnx.split(model)
+    arrays = (prompt, prompt_lengths, length_penalty)
+    ngrams = (no_repeat_ngram, ngrams_of_prompt)
+    options = (num_tokens, beam_size, ngrams, end_token, early_stopping)
+    tokens, scores = _generate_beam(graphdef, state, *arrays, *options)
+    return tokens[:, 0], scores[:, 0]
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
+def _generate_beam(
+    graphdef, state, prompt, lengths, length_penalty,
+    num_tokens, beam_size, ngrams, end_token, early_stopping,
+):  # fmt: skip
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    prompt, first, _ = _open_cache(model, prompt, lengths, num_tokens)
+    if prompt.shape[1] > 1:  # the last token of each prompt is what its search starts with
+        model.features(prompt[:, :-1], positions=first[:, :-1])
+    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
+    cache = _of_rows(cache, jnp.repeat(jnp.arange(len(prompt)), beam_size))
+    place = jnp.repeat(first[:, -1:], beam_size, axis=0) if len(first) > 1 else first[:, -1:]
+
+    def step(cache, rows, tokens, index):
+        if beam_size > 1:
+            cache = _of_rows(cache, rows)
+        model = nnx.merge(graphdef, cache, rest, copy=True)
+        logits = model.logits(model.features(tokens[:, None], positions=place + index))
+        return nnx.state(model, nnx.Cache), logits[:, 0]
+
+    return beam_search(
+        step, cache, len(prompt), num_tokens,
+        beam_size=beam_size, length_penalty=length_power(length_penalty),
+        bos=prompt[:, -1], eos=end_token, pad=end_token, early_stopping=early_stopping,
+        constrain=_constrain(ngrams, prompt, lengths),
+    )  # fmt: skip
+
+
+def _constrain(ngrams: tuple[int, bool], prompt: jax.Array, lengths: jax.Array | None):
+    ngram_size, of_prompt = ngrams
+    if not ngram_size:
+        return None
+    if not of_prompt:
+        prompt, lengths = prompt[:, :0], None
+    return forbid_ngrams(ngram_size, prompt, lengths)
+
+
+def _of_rows(cache: PyTree, rows: jax.Array) -> PyTree:
+    """The cache of a batch of these rows: keys and values are [K, B, ...], their number [K]."""
+    return jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim > 1 else leaf, cache)
+
+
+def translate(
+    model: Transformer,
+    source: jax.Array,
+    max_len: int,
+    *,
+    beam_size: int = 1,
+    length_penalty: float = 0.6,
+    bos: int = 1,
+    eos: int = 2,
+) -> tuple[jax.Array, jax.Array]:
+    """(tokens int32 [B, max_len], scores float32 [B]): the best translation found.
+
+    The network is the one of inference, as in `generate`; keys and values of the memory and of
+    earlier tokens are kept. `beam_search` says what is searched. Compiled once for each shape,
+    max_len, beam_size, bos and eos.
+
+    Args:
+        model: left as it was, whatever its mode.
+        source: int32 [B, S], padded with 0 at the end.
+        max_len: most tokens of a translation, eos included, bos not.
+        beam_size: 1 is greedy.
+        length_penalty, bos, eos: as in `beam_search`.
+
+    Returns:
+        The tokens behind bos, up to and with eos, then 0; and their score.
+
+    Raises:
+        ValueError: max_len outside 1 .. model.max_len, bos or eos 0; as `beam_search`.
+    """
+    if not 1 <= max_len <= model.max_len:
+        raise ValueError(f"max_len is {max_len}, expected 1 to the model's {model.max_len}")
+    if PAD in (bos, eos):
+        raise ValueError(f"bos is {bos} and eos {eos}, expected other tokens than padding, {PAD}")
+    graphdef, state = nnx.split(model)
+    tokens, scores = _translate(
+        graphdef, state, source, length_penalty, max_len, beam_size, bos, eos
+    )
+    return tokens[:, 0], scores[:, 0]
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def _translate(graphdef, state, source, length_penalty, max_len, beam_size, bos, eos):
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    batch_size = len(source)
+    memory = jnp.repeat(model.encode(source), beam_size, axis=0)
+    source_mask = jnp.repeat(source != PAD, beam_size, axis=0)
+    blocks = model.decoder.blocks
+    blocks.cross_attention.cache = MemoryCache(blocks.cross_attention, memory)
+    blocks.attention.cache = Cache(blocks.attention, batch_size * beam_size, max_len)
+    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
+
+    def step(cache, rows, tokens, index):
+        if beam_size > 1:
+            cache = _of_rows(cache, rows)
+        model = nnx.merge(graphdef, cache, rest, copy=True)
+        positions = jnp.full((1, 1), index)
+        logits = model.decode(tokens[:, None], memory, source_mask, positions=positions)
+        return nnx.state(model, nnx.Cache), logits[:, 0]
+
+    return beam_search(
+        step, cache, batch_size, max_len,
+        beam_size=beam_size, length_penalty=length_penalty, bos=bos, eos=eos, pad=PAD,
+        early_stopping=beam_size == 1,
+    )  # fmt: skip

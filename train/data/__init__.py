@@ -1,0 +1,1 @@
+"""Examples between the disk and the device."""

@@ -1,0 +1,99 @@
+"""Opening what was trained: a workdir of `python -m train`, or a Hugging Face folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from bdia_jax import interop, lora
+from bdia_jax.models.transformer import Transformer
+from train.config import Config
+from train.data.tokens import Bpe, Tokenizer, open_tokenizer
+from train.inputs import DataToTextInput, ImageInput, TextInput
+from train.loop.state import Training
+from train.loop.train import load_task
+from train.run.checkpoint import Checkpoints
+from train.run.pretrained import FOLDER
+from train.run.workdir import read_config
+from train.tasks.causal_lm import make_causal_lm
+
+
+class Run(NamedTuple):
+    """A trained model and what belongs to it.
+
+    model: in evaluation mode, of the first seed, its adapters merged.
+    tokenizer: None for images, and where a Hugging Face folder has none.
+    config: of the run; None for a Hugging Face folder.
+    """
+
+    model: nnx.Module
+    tokenizer: Tokenizer | None
+    config: Config | None
+
+
+def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> Run:
+    """The model of a workdir's newest checkpoint, or of a Hugging Face folder.
+
+    Args:
+        folder: either of them. What a run was initialized from is not needed any more.
+        data_dir: where TFDS keeps its data, "" for the run's; only images need theirs, for the
+            size and the number of classes.
+        best: the checkpoint with the best evaluation instead of the newest.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it yet.
+        ValueError: it is neither of the two.
+    """
+    path = Path(folder).absolute()
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} does not exist; {folder} has to be a workdir of python -m train or a Hugging "
+            "Face folder"
+        )
+    try:
+        is_hugging_face = "model_type" in json.loads(file.read_text("utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no config.json: {error}") from error
+    if is_hugging_face:
+        model = interop.load(path, rngs=nnx.Rngs(0))
+        model.eval()
+        has_tokenizer = (path / "tokenizer.json").exists()
+        return Run(model, open_tokenizer("checkpoint", path) if has_tokenizer else None, None)
+    config = read_config(path)
+    if not (path / "checkpoints").exists():
+        raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
+    if data_dir:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    if config.init_from:
+        config = dataclasses.replace(config, init_from=str(path / FOLDER))
+    tokenizer = _tokenizer(path, config)
+    training = Training(config, _make_model(config, tokenizer))
+    with Checkpoints(path, read_only=True) as checkpoints:  # it may be training still
+        state = checkpoints.restore(training.abstract_state, best=best)
+    model = training.models(state)[0]
+    lora.merge(model)
+    return Run(model, tokenizer, config)
+
+
+def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
+    if isinstance(config.input, ImageInput):
+        return None
+    name = getattr(config.input, "tokenizer", "bpe")
+    return (
+        Bpe.load(path / "tokenizer.json")
+        if name == "bpe"
+        else open_tokenizer(name, config.init_from)
+    )
+
+
+def _make_model(config: Config, tokenizer: Tokenizer | None) -> Any:
+    if tokenizer is None:
+        return load_task(config).make_model
+    if isinstance(config.input, TextInput | DataToTextInput):
+        return make_causal_lm(config, tokenizer.vocab_size, config.input.length)
+    arguments = config.model_arguments
+    longest = config.input.boundaries[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda rngs: Transformer(tokenizer.vocab_size, longest, **arguments, rngs=rngs)

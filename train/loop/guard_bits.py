@@ -1,0 +1,118 @@
+"""config.guard_bits = -1: as many guard bits as an audit asks for, before the first step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.audit import Audit
+from bdia_jax.nnx import BDIAStack
+from train.config import Config
+from train.data.batches import Batches
+from train.devices.mesh import open_mesh
+from train.devices.shards import place, take, to_host
+from train.loop.state import keys
+from train.tasks.task import Task
+
+# An audit keeps all states, training does not: audit fewer examples if they would take more.
+_AUDIT_BYTES = 2**31
+
+
+def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, Any]]:
+    """The config with the guard bits that every stack of the model needs, and what was found.
+
+    The stacks are audited on what they get in the first training step, or on a part of that
+    batch: as many examples as a block sees at once (`batch_chunks`), fewer if all their states
+    are beyond 2 GiB. At least one guard bit is taken. Forward values do not depend on it.
+
+    Args:
+        config, task: the run's, with stack "bdia" and backprop "reversible".
+        model: of one seed, with the parameters training starts from.
+
+    Returns:
+        (config, facts for the log).
+
+    Raises:
+        ValueError: no number of guard bits is enough for a stack.
+    """
+    inputs = stack_inputs(config, task, model)
+    audits = {}
+    for path, stack in _stacks(model).items():
+        x, consts = _some_examples(inputs[path], stack, config.batch_chunks)
+        stack.train()
+        stack.batch_chunks = 1
+        try:
+            audits[path] = stack.choose_guard_bits(x, *consts, rngs=nnx.Rngs(config.seed))
+        except ValueError as error:
+            name = ".".join(map(str, path))
+            raise ValueError(f"guard_bits is -1, but {name}: {error}") from error
+    facts = _facts(audits)
+    chosen = facts["guard_bits"]
+    print(
+        f"guard bits: {chosen}, chosen by an audit of {facts['audited']:,} rebuilt elements: all "
+        f"exact, largest drift {facts['max_drift']:.3g} quanta",
+        flush=True,
+    )
+    return dataclasses.replace(config, guard_bits=chosen), facts
+
+
+def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.Array, tuple]]:
+    """Path of each stack in the model -> (x, consts) it is called with in the first step."""
+    batches, mesh = Batches(task.train_sizes, config.batch_size), open_mesh(config.mesh)
+    epoch, group, position = batches.locate(jnp.int32(0))
+    examples = place(task.train_groups[int(group)], batches.sizes[int(group)], mesh)
+    _, data_key, step_key = keys(jnp.int32(config.seed))
+    index = batches.examples(data_key, int(group), epoch, position)
+    prepare_key, model_key = jax.random.split(jax.random.fold_in(step_key, 0))
+    batch = to_host(jax.jit(lambda examples: take(examples, index, mesh))(examples))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def record(state, batch):
+        copy = nnx.merge(graphdef, state)
+        copy.train()
+        stacks = _stacks(copy)
+        for stack in stacks.values():
+            stack.__class__ = _Recorded
+        task.metrics(copy, task.prepare(prepare_key, batch), nnx.Rngs(model_key))
+        return [stack.inputs for stack in stacks.values()]
+
+    return dict(zip(_stacks(model), record(state, batch), strict=True))
+
+
+def _stacks(model: Any) -> dict[Any, Any]:
+    """Path -> stack."""
+    return {path: each for path, each in nnx.iter_modules(model) if isinstance(each, BDIAStack)}
+
+
+class _Recorded(BDIAStack):
+    """A stack that notes what it is called with."""
+
+    def __call__(self, x, *consts, rngs=None):
+        self.inputs = nnx.data((x, consts))
+        return super().__call__(x, *consts, rngs=rngs)
+
+
+def _some_examples(inputs, stack: BDIAStack, parts: int) -> tuple[jax.Array, tuple]:
+    """x and consts of some examples; consts with a leading axis of the batch are cut too."""
+    x, consts = inputs
+    batch = len(x)
+    per_example = 8 * stack.depth * math.prod(x.shape[1:])  # a state, and its value before rounding
+    count = max(1, min(batch // parts, _AUDIT_BYTES // per_example))
+
+    def cut(leaf):
+        return leaf[:count] if jnp.ndim(leaf) and len(leaf) == batch else leaf
+
+    return x[:count], jax.tree.map(cut, consts)
+
+
+def _facts(audits: dict[Any, Audit]) -> dict[str, Any]:
+    found = list(audits.values())
+    return {
+        "guard_bits": max(audit.fixed_point.guard_bits for audit in found),
+        "max_drift": max(audit.max_drift for audit in found),
+        "audited": sum(audit.elements * len(audit.mismatches) for audit in found),
+    }

@@ -1,0 +1,173 @@
+"""The training state of a run, and the model it is the state of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bdia_jax import lora
+from bdia_jax._stack import stacked_params
+from bdia_jax.sharding import set_mesh
+from train.config import Config
+from train.devices.mesh import state_shardings
+from train.devices.shards import to_host
+from train.inputs import ImageInput
+from train.loop.optimizer import make_optimizer
+
+# "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
+# adapters only), "stats" (batch statistics), "opt_state". With num_seeds > 1 all but the step have
+# that axis.
+State = dict[str, Any]
+
+
+class Training:
+    """What is trained of a model, and how; no parameter is made yet.
+
+    Args:
+        config: the run's.
+        make_model: (rngs) -> the model, without adapters.
+        mesh: the devices, None for one.
+
+    Attributes:
+        tx: the optimizer.
+        abstract: the model without adapters, shapes only.
+        abstract_state: shapes, dtypes and shardings of the state.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        make_model: Callable[[nnx.Rngs], nnx.Module],
+        mesh: Mesh | None = None,
+    ):
+        self._config = config
+        self._mesh = mesh
+        self._trained = _trained(config)
+        self.abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self._make_model = make_model
+        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
+        self._local_graphdef = self._graphdef = self._split(model)[0]
+        if mesh is not None:
+            _check_seeds(config)
+            set_mesh(model, mesh)
+            self._graphdef = self._split(model)[0]
+        stacked = nnx.filter_state(stacked_params(model), self._trained)
+        self.tx: optax.GradientTransformation = make_optimizer(config, nnx.to_pure_dict(stacked))
+        # every call brings its own random streams; these keys only complete the model
+        self._rng_state = jax.jit(lambda: self._split(self._make(nnx.Rngs(0)))[4])()
+        self.abstract_state = jax.eval_shape(self._init, None)
+        self._shardings = None
+        if mesh is not None:
+            self._shardings = state_shardings(self.abstract_state, model, self.tx, mesh)
+            self.abstract_state = jax.tree.map(
+                lambda leaf, its: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=its),
+                *(self.abstract_state, self._shardings),
+            )
+
+    def init(self, pretrained: Any = None) -> State:
+        """The state before the first step.
+
+        Args:
+            pretrained: nested dict of parameters in place of random ones.
+        """
+        return jax.jit(self._init, out_shardings=self._shardings)(pretrained)
+
+    def _init(self, pretrained: Any) -> State:
+        count = self._config.num_seeds
+        seeds = self._config.seed + jnp.arange(count, dtype=jnp.int32)
+        one = self._init_one if count > 1 else lambda seeds, its: self._init_one(seeds[0], its)
+        function = jax.vmap(one, in_axes=(0, None)) if count > 1 else one
+        return function(seeds, pretrained) | {"step": jnp.zeros([], jnp.int32)}
+
+    def _init_one(self, seed: jax.Array, pretrained: Any) -> State:
+        model = self._make(nnx.Rngs(keys(seed)[0]))
+        if pretrained is not None:
+            nnx.update(model, pretrained)
+        _, *parts, _ = self._split(model)
+        params, frozen, stats = map(nnx.to_pure_dict, parts)
+        opt_state = self.tx.init(params)
+        state = {"seed": seed, "params": params, "stats": stats, "opt_state": opt_state}
+        return state | ({"frozen": frozen} if frozen else {})
+
+    def merge(self, state: State) -> Any:
+        """The model of a state of one seed."""
+        values = weights(state)
+        return nnx.merge(self._graphdef, *values.values(), self._rng_state)
+
+    def out_shardings(self, with_state: bool) -> Any:
+        """Of (state, metrics), or of metrics alone; None without a mesh."""
+        if self._mesh is None:
+            return None
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        return (self._shardings, whole) if with_state else whole
+
+    def models(self, state: State) -> list[Any]:
+        """The models, one a seed, in evaluation mode, on one device of this process.
+
+        With several processes all have to call it.
+        """
+        values = weights(state)
+        if self._mesh is not None:
+            values = jax.tree.map(jnp.asarray, to_host(values))
+        each = [values]
+        if self._config.num_seeds > 1:
+            each = [
+                jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
+                for seed in range(self._config.num_seeds)
+            ]
+        merged = [nnx.merge(self._local_graphdef, *one.values(), self._rng_state) for one in each]
+        for model in merged:
+            model.eval()
+        return merged
+
+    def stats(self, model: Any) -> Any:
+        """Batch statistics after a step."""
+        return nnx.to_pure_dict(self._split(model)[3])
+
+    def _make(self, rngs: nnx.Rngs) -> nnx.Module:
+        model, options = self._make_model(rngs), self._config.lora
+        if options.rank:
+            lora.add(
+                *(model, lora.query_and_value(model)),
+                **{"rank": options.rank, "alpha": options.alpha},
+                **{"dropout_rate": options.dropout_rate, "rngs": rngs},
+            )
+        return model
+
+    def _split(self, model: nnx.Module):
+        """(graphdef, trained parameters, frozen ones, statistics, random state)."""
+        graphdef, params, frozen, rng_state, stats = nnx.split(
+            model, self._trained, nnx.Param, nnx.RngState, ...
+        )
+        return graphdef, params, frozen, stats, rng_state
+
+
+def _trained(config: Config) -> Any:
+    """Which parameters are: all, or adapters and a head for what may be new classes."""
+    if not config.lora.rank:
+        return nnx.Param
+    if isinstance(config.input, ImageInput):
+        return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
+    return nnx.LoRAParam
+
+
+def _check_seeds(config: Config) -> None:
+    if config.num_seeds > 1:
+        raise ValueError(
+            f"num_seeds is {config.num_seeds} with a mesh of several devices; train one seed at a "
+            "time there, or all of them on one device"
+        )
+
+
+def weights(state: State) -> State:
+    """What of a state the model consists of."""
+    return {name: state[name] for name in ("params", "frozen", "stats") if name in state}
+
+
+def keys(seed: jax.Array):
+    """Keys of initialization, of the order of examples, and of what a step draws."""
+    return jax.random.split(jax.random.key(seed), 3)

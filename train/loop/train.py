@@ -1,0 +1,278 @@
+"""The training loop: data, program, restore, loop."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdia_jax import memory_report
+from train.config import Config
+from train.data.tokens import Bpe
+from train.datasets.registry import footnote, open_builder
+from train.devices.mesh import open_mesh
+from train.devices.processes import data_fingerprint, first_does
+from train.inputs import DataToTextInput, ImageInput, TextInput
+from train.loop import guard_bits, non_finite
+from train.loop.interrupt import Interrupt, Stopped
+from train.loop.log import Log, draw_curve, format_bytes, read_records
+from train.loop.program import Program, check_fits, compile_steps, lower_steps, make_program
+from train.loop.state import State
+from train.run.checkpoint import Checkpoints
+from train.run.pretrained import keep_description, read_params
+from train.run.workdir import holds_run, open_workdir, writing
+from train.tasks import data_to_text, images, language, translation
+from train.tasks.task import Task, group_size
+
+NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
+
+
+def load_task(config: Config) -> Task:
+    """Reads the data of a config and says what is to be learnt from it.
+
+    Raises:
+        FileNotFoundError: the data set is not prepared.
+        ValueError: it does not fit the config.
+    """
+    if isinstance(config.input, ImageInput):
+        task = images.load(config)
+    elif isinstance(config.input, TextInput):
+        task = language.load(config)
+    elif isinstance(config.input, DataToTextInput):
+        task = data_to_text.load(config)
+    else:
+        task = translation.load(config)
+    count = sum(group_size(group) for group in task.train_groups)
+    if config.batch_size > count:
+        raise ValueError(f"batch_size {config.batch_size} exceeds the {count} examples")
+    return task
+
+
+def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
+    """Trains, and returns the final evaluation's metrics (means over the seeds).
+
+    Everything random is a function of (seed, step), so a run that is stopped and started
+    again on its workdir ends with the same bits as one that was not. SIGTERM or Ctrl-C saves first.
+
+    Args:
+        config: the experiment.
+        workdir: gets config.json, metrics.jsonl, curve.png and checkpoints/.
+        command: the command line, for the record.
+
+    Raises:
+        FileNotFoundError: the data set is not prepared.
+        ValueError: bad configuration or workdir, a loss that is not finite, or a full disk;
+            checkpoints saved until then stay.
+        Stopped: on SIGTERM or Ctrl-C, once the state is on the disk. A SystemExit of status 0.
+    """
+    if holds_run(workdir):
+        path = open_workdir(workdir, config)
+        finished = final_metrics(path)
+        if finished:
+            print(f"finished already: {_listed(finished)}  in {path}")
+            return finished
+    task = load_task(config)
+    program = make_program(config, task)
+    pretrained = read_params(config, program.abstract)
+    check_fits(program)
+    lowered = lower_steps(program)
+    fingerprint = data_fingerprint(task, open_mesh(config.mesh))
+    # only now: bad data or sizes leave no folder behind
+    path = Path(workdir).absolute()
+    first_does(_claim, path, config, task, fingerprint)
+    kept = (config.keep_last, config.keep_best)
+    with Checkpoints(path, *kept, fingerprint) as checkpoints, writing(path):
+        state = checkpoints.restore_or(program.init, pretrained, abstract=program.abstract_state)
+        del pretrained
+        guard_facts: dict[str, Any] = {}
+        if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
+            chosen, guard_facts = guard_bits.choose(config, task, program.models(state)[0])
+            program = make_program(chosen, task)
+            lowered = lower_steps(program)
+        train_steps = lowered.compile()
+        memory = memory_report(train_steps)
+        start = int(state["step"])
+        seeds = f" x {config.num_seeds} seeds" if config.num_seeds > 1 else ""
+        print(
+            f"{'resuming' if start else 'training'} {parameter_count(state, config):,} "
+            f"parameters{seeds} on {task.describe}, {jax.devices()[0].device_kind}, from step "
+            f"{start} to {config.num_steps}",
+            flush=True,
+        )
+        log = Log(
+            path,
+            start,
+            config.num_steps,
+            config.batch_size * config.num_seeds,
+            memory.temporaries + memory.arguments,
+        )
+        log.start(
+            command=command,
+            fingerprint=fingerprint,
+            data_note=footnote(open_builder(config.dataset, config.data_dir)),
+            steps_per_epoch=program.steps_per_epoch,
+            temp_bytes=memory.temporaries,
+            **guard_facts,
+        )
+        groups = (
+            program.place(task.train_groups, task.train_sizes),
+            program.place(task.eval_groups, task.eval_sizes),
+        )
+        program = program._replace(train_steps=train_steps)
+        with Interrupt() as interrupt:
+            state, metrics = _loop(config, groups, program, checkpoints, interrupt, log, state)
+        checkpoints.wait()  # a run is finished once its last state is on the disk
+        models = program.models(state)
+        first_does(_finish, task, models, path, log, config.num_steps, metrics)
+    metrics = final_metrics(path)
+    print(f"final {_listed(metrics)}  on {config.eval_split}; curve in {path / 'curve.png'}")
+    return metrics
+
+
+def _finish(task: Task, models: Any, path: Path, log: Log, step: int, metrics: Any) -> None:
+    with writing(path):
+        draw_curve(path)
+        log.final(step, **metrics, **task.finish(models, path))
+
+
+def final_metrics(workdir: Path) -> dict[str, float]:
+    """What a finished run ended with, means over the seeds; {} for one that is not finished."""
+    final = [record for record in read_records(workdir) if record["kind"] == "final"]
+    return {k: v for k, v in final[-1].items() if k not in NOT_METRICS} if final else {}
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _claim(workdir: Path, config: Config, task: Task, fingerprint: str) -> None:
+    """The workdir, with what a run is opened by again; one of other examples is refused."""
+    open_workdir(str(workdir), config)
+    before = [r["fingerprint"] for r in read_records(workdir) if r["kind"] == "start"]
+    if before and before[-1] != fingerprint:
+        raise ValueError(
+            f"{workdir} was trained on other examples (fingerprint {before[-1]}, now "
+            f"{fingerprint}): another version of the data set or its tokenizer. Bring it back, or "
+            "take another --workdir"
+        )
+    with writing(workdir):
+        if config.init_from:
+            keep_description(config, workdir)
+        if isinstance(task.tokenizer, Bpe):
+            task.tokenizer.save(workdir / "tokenizer.json")
+
+
+def _loop(
+    config: Config,
+    groups: tuple[Any, Any],
+    program: Program,
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+    log: Log,
+    state: State,
+) -> tuple[State, dict[str, Any]]:
+    """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late.
+
+    groups: the placed examples, for training and for evaluation.
+    """
+    train_groups, eval_groups = groups
+    batch = lambda seed, step: program.batch(seed, train_groups, step)  # noqa: E731
+    watched = partial(_log_train, log, config, checkpoints, batch)
+    step = start = int(state["step"])
+    pending: Any = None
+    metrics: dict[str, Any] = {}
+    while True:
+        last = step == config.num_steps
+        signal = "" if last else interrupt.requested()
+        evaluates = last or (step > 0 and step % config.eval_every_steps == 0 and not signal)
+        saves = step > start and (last or step % config.checkpoint_every_steps == 0 or bool(signal))
+        if pending and (evaluates or saves):
+            watched(pending[0], pending[1], state)
+            pending = None
+        if evaluates:
+            with log.pause():
+                metrics = jax.device_get(program.evaluate(state, eval_groups))
+            log.evaluation(step, **metrics)
+        if saves:  # with the score of its evaluation
+            checkpoints.save(step, state, metrics if evaluates else None)
+        if signal:
+            raise _stop(step, start, signal, checkpoints)
+        if last:
+            return state, metrics
+        boundary = min(
+            (step // every + 1) * every
+            for every in (
+                config.log_every_steps,
+                config.eval_every_steps,
+                config.checkpoint_every_steps,
+            )
+        )
+        boundary = min(boundary, config.num_steps)
+        state, values = program.train_steps(state, train_groups, np.int32(boundary - step))
+        step = boundary
+        if pending:
+            watched(pending[0], pending[1], state)
+        pending = (step, values)
+
+
+def _stop(step: int, start: int, signal: str, checkpoints: Checkpoints) -> Stopped:
+    """What to raise, once the state is on the disk."""
+    checkpoints.wait()
+    saved = "saved" if step > start else "no step since the start"
+    print(f"stopped by {signal} at step {step}, {saved}; the same command resumes it", flush=True)
+    return Stopped(0)
+
+
+def _log_train(
+    log: Log,
+    config: Config,
+    checkpoints: Checkpoints,
+    batch: Callable[..., Any],
+    step: int,
+    metrics: dict[str, Any],
+    state: State,
+) -> None:
+    """Logs a dispatch. One with a step that is not finite is told, or ends the run.
+
+    The state is then that of before this step, and is saved: a run that dispatched more steps
+    since stopped at the same one.
+    """
+    values = jax.device_get(metrics)
+    note = values.pop("non_finite")
+    workdir = checkpoints.directory.parent
+    skips, is_bad = config.non_finite == "skip", bool((note.step >= 0).any())
+    said = non_finite.report(workdir, config, note, state, batch) if is_bad else ""
+    if skips and is_bad:
+        print(f"left out: {said}", flush=True)
+    if skips or not is_bad:
+        log.train(step, **values, **({"skipped": note.skipped} if skips else {}))
+        return
+    at = int(state["step"])
+    checkpoints.save(at, state)
+    checkpoints.wait()
+    raise ValueError(
+        f"{said}; the state before it is checkpoint {at}. Try a lower learning_rate or "
+        "grad_clip_norm > 0 in a new --workdir, or leave such steps out from here on by the same "
+        "command and --config.non_finite=skip"
+    )
+
+
+def parameter_count(state: State, config: Config) -> int:
+    """Parameters of one model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state["params"])) // config.num_seeds
+
+
+def memory_line(config: Config, workdir: str) -> str:
+    """What a training step of the run in `workdir` needs, next to the plain model's."""
+    own_bytes = read_records(Path(workdir))[0]["temp_bytes"]
+    plain = dataclasses.replace(config, stack="bdia", gamma=0.0, quantize=False, backprop="store")
+    task = load_task(plain)
+    compiled = compile_steps(make_program(plain, task))
+    plain_bytes = memory_report(compiled).temporaries
+    return (
+        f"a step needs {format_bytes(own_bytes)} beyond parameters and data, "
+        f"the plain model {format_bytes(plain_bytes)}: {own_bytes / plain_bytes:.2f} of it"
+    )

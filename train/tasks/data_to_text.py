@@ -1,0 +1,172 @@
+"""Data to text: from attributes, such as E2E's restaurants, to a sentence that says them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdia_jax.text.generate import generate_beam
+from train.config import Config
+from train.data.text import read_texts
+from train.data.tokens import Tokenizer, open_tokenizer
+from train.inputs import DataToTextInput
+from train.tasks.causal_lm import make_causal_lm
+from train.tasks.nlg_metrics import has_meteor, nlg_metrics
+from train.tasks.task import Metrics, Task
+
+
+class Sentences(NamedTuple):
+    """N of them: a meaning, end of text, a reference, end of text, and the same as padding.
+
+    tokens: int32 [N, length + 1]; inputs are tokens[:, :-1], targets tokens[:, 1:].
+    start, stop: int32 [N]: the reference and the end of text behind it are tokens[start:stop].
+    """
+
+    tokens: Any
+    start: Any
+    stop: Any
+
+
+def load(config: Config) -> Task:
+    """The task of a config whose input is a `DataToTextInput`.
+
+    Meanings are written as the data set has them. As in LoRA's code the separator is end of
+    text, so that no vocabulary has to grow, and a space comes before a reference.
+    """
+    assert isinstance(config.input, DataToTextInput)
+    options = config.input
+    tokenizer = open_tokenizer(options.tokenizer, config.init_from)
+    train_rows, eval_rows = (
+        list(read_texts(config.dataset, split, config.data_dir, *_FEATURES))
+        for split in (config.train_split, config.eval_split)
+    )
+    (train, train_dropped), (held_out, eval_dropped) = (
+        encode_sentences(rows, tokenizer, options.length) for rows in (train_rows, eval_rows)
+    )
+    references = _by_meaning(eval_rows, options.eval_generations)
+    prompts, lengths = encode_prompts([*references], tokenizer, options.length)
+
+    def metrics(model: Any, batch: Sentences, rngs: Any) -> Metrics:
+        """Loss in nats a token of the reference, its end included; smoothed in training only."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        place = jnp.arange(1, batch.tokens.shape[1])
+        counts = (place >= batch.start[:, None]) & (place < batch.stop[:, None])
+        smoothing = 0.0 if rngs is None else options.label_smoothing
+        loss = model.loss(model.features(inputs, rngs=rngs), targets, smoothing)
+        return {"loss": (jnp.where(counts, loss, 0).sum(-1), counts.sum(-1).astype(jnp.float32))}
+
+    def decode(model: Any) -> list[str]:
+        """What the model says for each prompt, in batches of one shape."""
+        size = min(config.batch_size, len(prompts))
+        padding = ((0, -len(prompts) % size), (0, 0))
+        rows = np.pad(prompts, padding, mode="edge")
+        row_lengths = np.pad(lengths, padding[0], mode="edge")
+        tokens = [
+            generate_beam(
+                model,
+                jnp.asarray(rows[first : first + size]),
+                options.length - prompts.shape[1],
+                prompt_lengths=jnp.asarray(row_lengths[first : first + size]),
+                beam_size=options.beam_size,
+                length_penalty=options.length_penalty,
+                no_repeat_ngram=options.no_repeat_ngram,
+                ngrams_of_prompt=False,  # as LoRA's programs: a name may be said again
+                end_token=tokenizer.end_of_text,
+            )[0]
+            for first in range(0, len(rows), size)
+        ]
+        return [_text(row, tokenizer) for row in np.concatenate(tokens)[: len(prompts)].tolist()]
+
+    def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
+        """Scores of each model on the first meanings; generations.txt by the first model."""
+        if not references:
+            return {}
+        outputs = [decode(model) for model in models]
+        scores = [nlg_metrics(each, [*references.values()]) for each in outputs]
+        if not has_meteor():
+            print("METEOR is left out: it needs Java and `pip install pycocoevalcap`", flush=True)
+        lines = [
+            f"meaning: {meaning}\npeople:  {' / '.join(texts)}\nours:    {output}\n"
+            for (meaning, texts), output in zip(references.items(), outputs[0], strict=True)
+        ]
+        (workdir / "generations.txt").write_text("\n".join(lines), "utf-8")
+        return {name: [score[name] for score in scores] for name in scores[0]}
+
+    return Task(
+        (train,),
+        (held_out,),
+        make_causal_lm(config, tokenizer.vocab_size, options.length),
+        lambda key, batch: batch,
+        metrics,
+        f"{len(train.tokens):,} sentences of {config.dataset} (too long and left out: "
+        f"{train_dropped}, and {eval_dropped} held-out ones)",
+        finish,
+        tokenizer,
+    )
+
+
+_FEATURES = ("meaning_representation", "reference")
+
+
+def encode_sentences(
+    rows: Sequence[Sequence[str]], tokenizer: Tokenizer, length: int
+) -> tuple[Sentences, int]:
+    """The (meaning, reference) that fit into length + 1 tokens, and how many do not.
+
+    Raises:
+        ValueError: none fits.
+    """
+    end = tokenizer.end_of_text
+    tokens, spans = [], []
+    for meaning, reference in rows:
+        prompt = [*tokenizer.encode(meaning), end]
+        ids = [*prompt, *tokenizer.encode(" " + reference), end]
+        if len(ids) <= length + 1:
+            tokens.append(ids + [end] * (length + 1 - len(ids)))
+            spans.append((len(prompt), len(ids)))
+    if not tokens:
+        raise ValueError(
+            f"none of {len(rows)} sentences fits into input.length {length} with its meaning; "
+            "take a greater one"
+        )
+    arrays: Any = np.asarray(tokens, np.int32), *np.asarray(spans, np.int32).T
+    return Sentences(*arrays), len(rows) - len(tokens)
+
+
+def encode_prompts(
+    meanings: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [N, T0], int32 [N]): each meaning and end of text, behind padding, and their tokens.
+
+    Raises:
+        ValueError: a meaning that leaves no token of `length` for what is to be said.
+    """
+    ids = [[*tokenizer.encode(meaning), tokenizer.end_of_text] for meaning in meanings]
+    lengths = np.asarray([len(each) for each in ids], np.int32)
+    longest = int(lengths.max(initial=0))
+    if longest >= length:
+        raise ValueError(
+            f"input.length is {length}, but the meaning {meanings[int(lengths.argmax())]!r} alone "
+            f"has {longest} tokens; take a greater one"
+        )
+    rows = np.full((len(ids), longest), tokenizer.end_of_text, np.int32)
+    for row, each in zip(rows, ids, strict=True):
+        row[-len(each) :] = each
+    return rows, lengths
+
+
+def _by_meaning(rows: Sequence[Sequence[str]], most: int) -> dict[str, list[str]]:
+    """The references of each of the first `most` meanings."""
+    groups: dict[str, list[str]] = {}
+    for meaning, reference in rows:
+        groups.setdefault(meaning, []).append(reference)
+    return dict([*groups.items()][:most])
+
+
+def _text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Up to the end of text, on one line."""
+    if tokenizer.end_of_text in ids:
+        ids = ids[: ids.index(tokenizer.end_of_text)]
+    return " ".join(tokenizer.decode(ids).split())

@@ -1,0 +1,99 @@
+"""Translation of bucketed, masked sentence pairs."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import sacrebleu
+from flax import nnx
+
+from bdia_jax.models.transformer import Transformer
+from bdia_jax.text.generate import translate
+from train.config import Config
+from train.data.text import PairBucket, encode_pairs, read_texts
+from train.data.tokens import EOS, PAD, Bpe
+from train.inputs import PairInput
+from train.tasks.task import Metrics, Task
+
+
+def load(config: Config) -> Task:
+    """The task of a config whose input is a `PairInput`; its BPE comes from the training split."""
+    assert isinstance(config.input, PairInput)
+    options = config.input
+    languages = ("english", "french")
+    train_texts, eval_texts = (
+        list(read_texts(config.dataset, split, config.data_dir, *languages))
+        for split in (config.train_split, config.eval_split)
+    )
+    tokenizer = Bpe.train(chain.from_iterable(train_texts), options.vocab_size)
+    (train, train_dropped), (held_out, eval_dropped) = (
+        encode_pairs(texts, tokenizer, options.boundaries) for texts in (train_texts, eval_texts)
+    )
+    longest = options.boundaries[-1]
+
+    def make_model(rngs: nnx.Rngs) -> nnx.Module:
+        return Transformer(tokenizer.vocab_size, longest, **config.model_arguments, rngs=rngs)
+
+    def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
+        """BLEU of each model on the first held-out pairs; translations.txt by the first."""
+        if not options.eval_translations:
+            return {}
+        references: dict[str, list[str]] = {}  # a sentence may have several translations
+        for source, reference in eval_texts[: options.eval_translations]:
+            references.setdefault(source, []).append(reference)
+        most = max(map(len, references.values()))
+        streams: Any = [
+            [r[i] if i < len(r) else None for r in references.values()] for i in range(most)
+        ]
+        scores, outputs = [], []
+        for model in models:
+            output = _translate_all(model, tokenizer, [*references], longest, options.beam_size)
+            scores.append(sacrebleu.corpus_bleu(output, streams).score)
+            outputs.append(output)
+        lines = [
+            f"en:   {source}\nfr:   {' / '.join(reference)}\nours: {output}\n"
+            for (source, reference), output in zip(references.items(), outputs[0], strict=True)
+        ]
+        (workdir / "translations.txt").write_text("\n".join(lines), "utf-8")
+        return {"bleu": scores}
+
+    count = sum(len(bucket.source) for bucket in train)
+    note = f" (too long and left out: {train_dropped}, and {eval_dropped} held-out ones)"
+    return Task(
+        tuple(train),
+        tuple(held_out),
+        make_model,
+        lambda key, batch: batch,
+        _metrics,
+        f"{count:,} sentence pairs of {config.dataset}{note}",
+        finish,
+        tokenizer,
+    )
+
+
+def _metrics(model: Any, batch: PairBucket, rngs: nnx.Rngs | None) -> Metrics:
+    """Loss in nats a target token; padding counts nothing."""
+    features = model.features(batch.source, batch.target_in, rngs=rngs)
+    loss = model.loss(features, batch.target_out)
+    real = (batch.target_out != PAD).astype(jnp.float32)
+    return {"loss": ((loss * real).sum(-1), real.sum(-1))}
+
+
+def _translate_all(
+    model: Any, tokenizer: Bpe, sources: list[str], max_len: int, beam_size: int
+) -> list[str]:
+    """Translations, in batches of one shape; what is beyond max_len tokens is cut off."""
+    rows = np.full((len(sources), max_len), PAD, np.int32)
+    for row, source in zip(rows, sources, strict=True):
+        ids = [*tokenizer.encode(source)[: max_len - 1], EOS]
+        row[: len(ids)] = ids
+    size = min(100, len(rows))
+    padded = np.concatenate([rows, rows[: -len(rows) % size]])
+    batches = [
+        translate(model, jnp.asarray(padded[first : first + size]), max_len, beam_size=beam_size)[0]
+        for first in range(0, len(padded), size)
+    ]
+    ids = np.concatenate(batches)[: len(rows)]
+    return [tokenizer.decode(row) for row in ids]
