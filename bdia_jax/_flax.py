@@ -1,4 +1,4 @@
-"""A stack's `dtype`: what its blocks compute in, beside float32 parameters and states."""
+"""What the stacks of both Flax APIs share: a block by its branches, and what it computes in."""
 
 from typing import Any
 
@@ -40,3 +40,15 @@ def cast_floats(tree: Any, dtype: Any) -> Any:
         return jnp.asarray(leaf, dtype) if is_float else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def sum_of_branches(block: Any, x: jax.Array, *consts: Any) -> jax.Array:
+    """h = r_1 + .. + r_m of a block whose `branches` name methods r_i = f_i(y_i, *consts).
+
+    y_1 = x and y_{i+1} = y_i + r_i: for branches ("f", "g") this is h = f(x) + g(x + f(x)).
+    """
+    y, h = x, None
+    for name in block.branches:
+        r = getattr(block, name)(y, *consts)
+        y, h = y + r, r if h is None else h + r
+    return h

@@ -7,7 +7,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax._flax import cast_floats, check_dtype
+from bdia_jax._flax import cast_floats, check_dtype, sum_of_branches
+
+
+class BranchedBlock(nnx.Module):
+    """A block that is the sum of its branches: h = f(x) + g(x + f(x)) with `branches = ("f", "g")`.
+
+    Subclasses write the branches, methods (x, *consts) -> r, and name them in order; the block's
+    own call follows from them, so the two cannot disagree. `BDIAStack(by_branch=True)` evaluates
+    one branch at a time.
+
+    Attributes:
+        branches: names of the methods, each seeing x plus all branches before it.
+        per_token: those of them that treat tokens alike, for `BDIAStack(token_chunks=)`.
+    """
+
+    branches: tuple[str, ...] = ()
+    per_token: tuple[str, ...] = ()
+
+    def __call__(self, x: jax.Array, *consts: Any) -> jax.Array:
+        """h, float32 [B, ..., D], of x [B, ..., D]."""
+        return sum_of_branches(self, x, *consts)
 
 
 class Stack(nnx.Module):

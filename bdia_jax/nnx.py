@@ -11,14 +11,21 @@ from flax import nnx
 
 from bdia_jax._checks import check_magnitude
 from bdia_jax._parts import choose_parts
-from bdia_jax._stack import Stack, call_branch, call_whole, draw, stacked_params
+from bdia_jax._stack import (
+    BranchedBlock,
+    Stack,
+    call_branch,
+    call_whole,
+    draw,
+    stacked_params,
+)
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 from bdia_jax.sharding import constrain
 
-__all__ = ["BDIAStack", "stacked_params"]
+__all__ = ["BDIAStack", "BranchedBlock", "stacked_params"]
 
 
 class BDIAStack(Stack):
