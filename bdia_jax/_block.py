@@ -1,113 +1,186 @@
-"""Blocks: how a user's block is evaluated, checked on abstract values before anything runs."""
+"""One user's block: leaves with a gradient apart from those without, checked, rounding pinned.
+
+Nothing here runs a block: it is traced on abstract values.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from bdia_jax._checks import abstract_block, check_chunks
-from bdia_jax._chunks import is_own
-from bdia_jax._split import Block, split, split_block
+from bdia_jax._checks import check_chunks, check_per_sample
+from bdia_jax._rounding import has_half_precision, pin_rounding
+
+PyTree = Any
+
+
+class Leaves(NamedTuple):
+    """A pytree's leaves: `diff` have a gradient, `data` (integers, booleans, keys) have none."""
+
+    diff: Any
+    data: Any
+
+
+# (params_k, x, consts) -> (h in float32, aux)
+LeafFn = Callable[[Leaves, jax.Array, Leaves], tuple[jax.Array, Leaves]]
 
 
 class Branch(NamedTuple):
-    """block: as `split_block` returns it; token_chunks: parts of the tokens it is evaluated in."""
+    """fn: the branch over leaves; token_chunks: chunks of the tokens it is evaluated in."""
 
-    block: Block
+    fn: LeafFn
     token_chunks: int
 
 
-class Blocks(NamedTuple):
-    """How a block is evaluated: its branches, and in how many parts of the batch."""
+class Block(NamedTuple):
+    """How a block is evaluated: h is the sum of its branches, on chunks of the batch in turn.
+
+    is_per_sample: a bool for each leaf of consts, whether it is cut with the batch.
+    """
 
     branches: tuple[Branch, ...]
     batch_chunks: int
+    is_per_sample: Leaves
 
 
-def make_blocks(block_fn, params, x0, consts, has_aux, batch_chunks, token_chunks, is_inference):
-    """(Blocks, the function that merges a split of their aux). Checks every branch.
+def partition(tree: PyTree) -> tuple[Leaves, Callable[[Any, Any], PyTree]]:
+    """(the leaves of a pytree, the function that puts such leaves back into it)."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_diff = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def merge(diff, data) -> PyTree:
+        diff_leaves, data_leaves = iter(diff), iter(data)
+        return treedef.unflatten([next(diff_leaves if d else data_leaves) for d in is_diff])
+
+    return _select(leaves, is_diff), merge
+
+
+def _select(leaves, is_diff) -> Leaves:
+    pairs = [*zip(leaves, is_diff, strict=True)]
+    return Leaves(tuple(x for x, d in pairs if d), tuple(x for x, d in pairs if not d))
+
+
+def make_block(
+    block_fn,
+    params: PyTree,
+    x0: jax.Array,
+    consts: tuple[PyTree, ...],
+    *,
+    has_aux: bool,
+    batch_chunks: int,
+    token_chunks: int | tuple[int, ...],
+    per_sample: PyTree,
+    is_inference: bool,
+) -> tuple[Block, Callable[[Any, Any], PyTree]]:
+    """(the block, the function that merges the leaves of its aux). Checks every branch.
 
     Raises:
-        ValueError: chunks that do not fit or a block that has aux; consts of which it cannot be
-            told whether a part of the batch sees a part of them. At inference the batch is
-            then left whole, as nothing depends on it but memory.
+        ValueError: what `check_block` refuses; chunks that do not fit, or of a block with aux; a
+            const of which it is not known whether each sample has its own. At inference the batch
+            is then left whole, as nothing depends on it but memory.
     """
     fns = tuple(block_fn) if isinstance(block_fn, (tuple, list)) else (block_fn,)
     token_chunks = check_chunks(len(fns), x0, batch_chunks, token_chunks)
-    batch, *rest = x0.shape
-    parts = consts
-    if batch_chunks > 1:
-        parts = jax.tree.map(lambda leaf: _part(leaf, batch, batch_chunks), consts)
-
-    def x_of(count):
-        tokens = rest if count == 1 else [rest[0] // count, *rest[1:]]
-        return jax.ShapeDtypeStruct((batch // batch_chunks, *tokens), jnp.float32)
-
-    xs = [x_of(count) for count in token_chunks]
-    for fn, x in zip(fns, xs, strict=True):
-        if name := _ambiguous(fn, params, x, consts, parts):
-            if is_inference:
-                options = (block_fn, params, x0, consts, has_aux, 1, token_chunks, True)
-                return make_blocks(*options)
+    batch = x0.shape[0]
+    cut, unknown = check_per_sample(per_sample, consts, batch)
+    if unknown and batch_chunks > 1:
+        if not is_inference:
             raise ValueError(
-                f"{name} has a leading axis of {batch}, as the batch, but the block takes it whole "
-                f"as well as in the {batch_chunks} parts of batch_chunks, so it is not known what "
-                "is meant; give what all samples share a leading axis of 1, or take batch_chunks=1"
+                f"{unknown} has a leading axis of {batch}, as the batch, and batch_chunks="
+                f"{batch_chunks} has to know whether each sample has its own: give per_sample, "
+                "True for such an argument of the block and False for one that all samples share, "
+                "as in per_sample=(True, False); a stack's block says it by a class attribute"
             )
+        batch_chunks = 1
+    chunk = batch // batch_chunks
+    leaves, treedef = jax.tree.flatten(consts)
+    abstract_consts = treedef.unflatten(
+        [_with_leading(leaf, chunk) if c else leaf for leaf, c in zip(leaves, cut, strict=True)]
+    )
     branches, merges = [], []
-    for fn, x, count in zip(fns, xs, token_chunks, strict=True):
+    for fn, count in zip(fns, token_chunks, strict=True):
+        tokens = () if count == 1 else (x0.shape[1] // count,)
+        x = jax.ShapeDtypeStruct((chunk, *tokens, *x0.shape[1 + len(tokens) :]), jnp.float32)
         try:
-            block, aux_shape = split_block(fn, params, x, parts, has_aux)
+            leaf_fn, aux_shape = over_leaves(fn, params, x, abstract_consts, has_aux)
         except (TypeError, ValueError) as error:
             if batch_chunks * count > 1:
                 error.add_note(
                     f"The block got x of shape {x.shape} (batch_chunks={batch_chunks}, token_chunks"
-                    f"={count}). Of consts, leaves with a leading axis of {batch} are cut like the "
-                    "batch; what all samples share needs another, 1 for example. Nothing in them "
-                    "is cut like the tokens."
+                    f"={count}). Of consts, those that per_sample names are cut like the batch; "
+                    "nothing in them is cut like the tokens."
                 )
             raise
         if batch_chunks * count > 1 and jax.tree.leaves(aux_shape):
             raise ValueError(
                 f"block_fn returns aux {aux_shape} with batch_chunks={batch_chunks} and "
-                f"token_chunks={count}: every part would have its own; set both to 1 for it"
+                f"token_chunks={count}: every chunk would have its own; set both to 1 for it"
             )
-        branches.append(Branch(block, count))
-        merges.append(split(aux_shape)[1])
+        branches.append(Branch(leaf_fn, count))
+        merges.append(partition(aux_shape)[1])
 
     def merge_aux(diff, data):
         merged = tuple(merge(*aux) for merge, *aux in zip(merges, diff, data, strict=True))
         return merged[0] if callable(block_fn) else merged
 
-    return Blocks(tuple(branches), batch_chunks), merge_aux
+    is_diff = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    return Block(tuple(branches), batch_chunks, _select(cut, is_diff)), merge_aux
 
 
-def _part(leaf, batch: int, count: int):
-    if not is_own(leaf, batch):
-        return leaf
-    return jax.ShapeDtypeStruct((batch // count, *leaf.shape[1:]), leaf.dtype)
+def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree]:
+    """fn over `Leaves`, every half-precision rounding explicit, and the shapes of its aux.
 
+    Args:
+        fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`.
+        params, x, consts: of which only shapes are read; params are stacked [K, ...].
 
-def _ambiguous(fn: Callable, params, x, consts, parts) -> str | None:
-    """The name of a leaf of consts that is cut though the block could use the whole of it.
-
-    Such a leaf has the batch's leading axis by chance, or so it may be; a part would be wrong.
+    Raises:
+        ValueError: as `check_block`.
     """
-    leaves, treedef = jax.tree.flatten(parts)
-    named = jax.tree_util.tree_leaves_with_path(consts)
-    for index, ((path, whole), part) in enumerate(zip(named, leaves, strict=True)):
-        if whole is part:
-            continue
-        trial: list[Any] = [*leaves]
-        trial[index] = jax.ShapeDtypeStruct(whole.shape, whole.dtype)
-        try:
-            jaxpr, out = abstract_block(fn, params, x, treedef.unflatten(trial))
-        except Exception:
-            continue  # as it should be: the shapes do not fit
-        variable = jaxpr.jaxpr.invars[index - len(leaves)]
-        is_read = any(variable is v for eqn in jaxpr.jaxpr.eqns for v in eqn.invars)
-        h = out[0] if isinstance(out, tuple) else out
-        if is_read and getattr(h, "shape", None) == x.shape:
-            return f"consts{jax.tree_util.keystr(path)}"
-    return None
+    _, merge_params = partition(params)
+    _, merge_consts = partition(consts)
+    jaxpr, aux_shape = check_block(fn, params, x, consts, has_aux)
+    if has_half_precision(jaxpr.jaxpr):
+        fn = pin_rounding(fn)
+
+    def leaf_fn(params_k: Leaves, x: jax.Array, consts: Leaves):
+        out = fn(merge_params(*params_k), x, *merge_consts(*consts))
+        h, aux = out if has_aux else (out, None)
+        return h.astype(jnp.float32), partition(aux)[0]
+
+    return leaf_fn, aux_shape
+
+
+def check_block(block_fn, params, x, consts, has_aux):
+    """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
+    params_k = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+    x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    jaxpr, out = jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
+    traced = [const for const in jaxpr.consts if isinstance(const, Tracer)]
+    if traced:
+        raise ValueError(
+            f"block_fn closes over {len(traced)} traced value(s), the first of "
+            f"{traced[0].aval}: their gradient would be lost. Pass what differs per block in "
+            "params and what all blocks share as an extra argument: "
+            "bdia_scan(block_fn, params, x0, gamma, value)"
+        )
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(f"has_aux=True, but block_fn returned {out}, expected (h, aux)")
+    h, aux = out if has_aux else (out, None)
+    if not isinstance(h, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"block_fn returned {type(h).__name__}, expected the array h; "
+            "set has_aux=True if it returns (h, aux)"
+        )
+    if h.shape != x.shape or not jnp.issubdtype(h.dtype, jnp.floating):
+        raise ValueError(
+            f"block_fn returned h of shape {h.shape} and dtype {h.dtype} for x of shape "
+            f"{x.shape}; h is added to x, so it must be a float array of that shape"
+        )
+    return jaxpr, aux
+
+
+def _with_leading(leaf, size: int):
+    return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)

@@ -159,35 +159,33 @@ def check_count(name: str, count) -> None:
         raise ValueError(f"{name} is {count!r}, expected a positive int")
 
 
-def abstract_block(block_fn, params, x, consts):
-    """(jaxpr, shapes of the result) of one block. Of x and consts only shapes are read."""
-    params_k = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
-    x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
+def check_per_sample(per_sample, consts, batch: int) -> tuple[list[bool], str]:
+    """(for each leaf of consts whether it is cut with the batch, the name of one that is unknown).
 
-
-def check_block(block_fn, params, x0, consts, has_aux):
-    """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
-    jaxpr, out = abstract_block(block_fn, params, x0, consts)
-    traced = [const for const in jaxpr.consts if isinstance(const, Tracer)]
-    if traced:
+    A leaf of leading axis 1 serves every sample, cut or not; so does, unasked, one of another
+    leading axis than the batch. The name is "" if all are known.
+    """
+    named = jax.tree_util.tree_leaves_with_path(consts)
+    names = [f"consts{jax.tree_util.keystr(path)}" for path, _ in named]
+    leaves = [leaf for _, leaf in named]
+    fits = [leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
+    if per_sample is None:
+        unknown = [name for name, fit in zip(names, fits, strict=True) if fit and batch > 1]
+        return [False] * len(leaves), unknown[0] if unknown else ""
+    try:
+        flags = jax.tree.leaves(jax.tree.broadcast(per_sample, consts))
+        wrong = [flag for flag in flags if not isinstance(flag, bool)]
+    except ValueError:
+        flags, wrong = [], [per_sample]
+    if wrong:
         raise ValueError(
-            f"block_fn closes over {len(traced)} traced value(s), the first of "
-            f"{traced[0].aval}: their gradient would be lost. Pass what differs per block in "
-            "params and what all blocks share as an extra argument: "
-            "bdia_scan(block_fn, params, x0, gamma, value)"
+            f"per_sample is {per_sample!r}, expected a bool for all of consts, or a tuple with one "
+            "for each (or a pytree of them that is a prefix of consts)"
         )
-    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise ValueError(f"has_aux=True, but block_fn returned {out}, expected (h, aux)")
-    h, aux = out if has_aux else (out, None)
-    if not isinstance(h, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"block_fn returned {type(h).__name__}, expected the array h; "
-            "set has_aux=True if it returns (h, aux)"
-        )
-    if h.shape != x0.shape or not jnp.issubdtype(h.dtype, jnp.floating):
-        raise ValueError(
-            f"block_fn returned h of shape {h.shape} and dtype {h.dtype} for x of shape "
-            f"{x0.shape}; h is added to x, so it must be a float array of that shape"
-        )
-    return jaxpr, aux
+    for name, leaf, flag, fit in zip(names, leaves, flags, fits, strict=True):
+        if flag and not fit and leaf.shape[:1] != (1,):
+            raise ValueError(
+                f"{name} has shape {leaf.shape}, but per_sample says that each of {batch} samples "
+                "has its own; give it a leading axis of the batch's size or of 1, or say False"
+            )
+    return [flag and fit for flag, fit in zip(flags, fits, strict=True)], ""

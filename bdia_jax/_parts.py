@@ -1,92 +1,262 @@
-"""What a stack's by_branch, batch_chunks and token_chunks ask of its blocks, in any Flax API.
+"""A block by branch, and in chunks of the batch or the tokens, to hold less at a time.
 
-A block is a sum of branches; each is evaluated in parts (chunks) of the batch or the tokens.
+h = r_1 + .. + r_m with r_i = f_i(y_i), y_1 = x, y_{i+1} = y_i + r_i: for the pre-norm
+transformer f_1 is attention and f_2 the MLP. A block given whole is one branch. Chunks are
+evaluated one after the other, each overwriting its own in place.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
-from bdia_jax._checks import check_count
+import jax
+import jax.numpy as jnp
+
+from bdia_jax._block import Block, Branch, LeafFn, Leaves
+
+PyTree = Any
+BATCH, TOKENS = 0, 1  # axes of [B, T, ..., D]
 
 
-class Parts(NamedTuple):
-    """How `bdia_scan` is to evaluate a block.
+class Cotangents(NamedTuple):
+    """Of a block's inputs: params and consts as their `Leaves.diff`, x [B, ..., D]."""
 
-    branches: the methods whose sum is h; empty for the block as a whole.
-    chunks: the arguments batch_chunks and token_chunks.
-    """
-
-    branches: tuple[str, ...]
-    chunks: dict[str, Any]
+    params: Any
+    x: jax.Array
+    consts: Any
 
 
-WHOLE = Parts((), {})
+# --- by branch ---------------------------------------------------------------------------
 
 
-def choose_parts(
-    block: Any,
-    shape: Sequence[int],
+def value(block: Block, params: Leaves, x: jax.Array, consts: Leaves) -> tuple[jax.Array, Leaves]:
+    """(h, aux of all branches). Autodiff gives its derivatives."""
+    count = block.batch_chunks
+    if count == 1:
+        return _value(block.branches, params, x, consts)
+
+    def one_chunk(index, h):
+        chunk, _ = _value(
+            block.branches,
+            fold_keys(params, index),
+            cut(x, index, count, BATCH),
+            _chunk_of_consts(block, consts, index),
+        )
+        return put(h, chunk, index, BATCH)
+
+    nothing = tuple(() for _ in block.branches)
+    return _loop(count, one_chunk, jnp.zeros_like(x)), Leaves(nothing, nothing)
+
+
+def value_and_vjp(
+    branches: tuple[Branch, ...],
     *,
-    by_branch: bool,
-    batch_chunks: int,
-    token_chunks: int,
-    state: list[str],
-    deterministic: bool,
-) -> Parts:
-    """The parts for x of `shape`; at inference as many chunks as divide it.
+    params: Leaves,
+    x: jax.Array,
+    consts: Leaves,
+    ct_h: jax.Array,
+    ct_aux: tuple[Any, ...],
+) -> tuple[jax.Array, Cotangents]:
+    """(h, cotangents of its inputs), with one branch's residuals at a time.
+
+    The last branch is evaluated once, for its value and its vjp; each before it twice, for
+    the value that those after it need and for the vjp: that is the price.
+    """
+    ys, rs = [x], []
+    for branch in branches[:-1]:
+        r, _ = _branch_value(branch, params, ys[-1], consts)
+        rs.append(r)
+        ys.append(ys[-1] + r)
+    r, ct = _branch_vjp(branches[-1], params, ys.pop(), consts, ct_h, ct_aux[-1])
+    rs.append(r)
+    for branch, ct_aux_i in zip(branches[-2::-1], ct_aux[-2::-1], strict=True):
+        y = _after(ct.x, ys.pop())
+        _, ct_branch = _branch_vjp(branch, params, y, consts, ct_h + ct.x, ct_aux_i)
+        ct = jax.tree.map(jnp.add, ct, ct_branch)
+    return reduce(jnp.add, rs), ct
+
+
+def _after(ct: jax.Array, y: jax.Array) -> jax.Array:
+    """y, for XLA another value that is known only after ct.
+
+    Else it would find that a branch is evaluated twice, do so once and hold all residuals.
+    `optimization_barrier`, which jax.checkpoint relies on, is dropped too early on a CPU. Not
+    bit-equal to y (-0.0), which only gradients see.
+    """
+    return y + jnp.minimum(ct * ct, 0.0)
+
+
+def _value(branches, params, x, consts):
+    y, rs, auxes = x, [], []
+    for branch in branches:
+        r, aux = _branch_value(branch, params, y, consts)
+        rs.append(r)
+        auxes.append(aux)
+        y = y + r
+    return reduce(jnp.add, rs), Leaves(
+        tuple(aux.diff for aux in auxes), tuple(aux.data for aux in auxes)
+    )
+
+
+def _branch_value(branch: Branch, params, y, consts):
+    count = branch.token_chunks
+    if count == 1:
+        return branch.fn(params, y, consts)
+
+    def one_chunk(index, r):
+        y_chunk = cut(y, index, count, TOKENS)
+        chunk, _ = branch.fn(fold_keys(params, index), y_chunk, fold_keys(consts, index))
+        return put(r, chunk, index, TOKENS)
+
+    return _loop(count, one_chunk, jnp.zeros_like(y)), Leaves((), ())
+
+
+def _branch_vjp(branch: Branch, params, y, consts, ct_r, ct_aux) -> tuple[jax.Array, Cotangents]:
+    """(r, cotangents of the branch's inputs)."""
+    count = branch.token_chunks
+    if count == 1:
+        return _vjp(branch.fn, params, y, consts, ct_r, ct_aux)
+
+    def one_chunk(index, carry):
+        r, ct = carry  # at first y, and ct_r in the place of ct.x, overwritten chunk by chunk
+        chunk, ct_chunk = _vjp(
+            branch.fn,
+            fold_keys(params, index),
+            cut(r, index, count, TOKENS),
+            fold_keys(consts, index),
+            cut(ct.x, index, count, TOKENS),
+            ct_aux,
+        )
+        r = put(r, chunk, index, TOKENS)
+        ct_x = put(ct.x, ct_chunk.x, index, TOKENS)
+        ct_params = jax.tree.map(jnp.add, ct.params, ct_chunk.params)
+        ct_consts = jax.tree.map(jnp.add, ct.consts, ct_chunk.consts)
+        return r, Cotangents(ct_params, ct_x, ct_consts)
+
+    zeros = jax.tree.map(jnp.zeros_like, (params.diff, consts.diff))
+    return _loop(count, one_chunk, (y, Cotangents(zeros[0], ct_r, zeros[1])))
+
+
+def _vjp(fn: LeafFn, params, y, consts, ct_r, ct_aux) -> tuple[jax.Array, Cotangents]:
+    def differentiable(diff, y, diff_consts):
+        r, aux = fn(Leaves(diff, params.data), y, Leaves(diff_consts, consts.data))
+        return r, aux.diff
+
+    (r, _), vjp = jax.vjp(differentiable, params.diff, y, consts.diff)
+    return r, Cotangents(*vjp((ct_r, ct_aux)))
+
+
+# --- in chunks of the batch --------------------------------------------------------------
+
+
+def over_batch_chunks(
+    block: Block,
+    undo: Callable[[Leaves, Leaves, PyTree, PyTree], tuple[PyTree, Any, Any, PyTree]],
+    params: Leaves,
+    consts: Leaves,
+    known: PyTree,
+    states: PyTree,
+    ct_consts: Any,
+    seen: PyTree,
+) -> tuple[PyTree, Any, Any, PyTree]:
+    """`undo` on every chunk of the batch in turn: each overwrites its own of `states`.
 
     Args:
-        block: says what it consists of by `branches` and `per_token`, names of its methods.
-        state: names of its variables that are neither parameters nor random state.
+        undo: (params_k, consts, known, states) -> (states, ct of params, ct of consts, seen).
+        known: arrays [B, ...] that are read.
+        states: arrays [B, ...] that come back in the same shapes.
+        ct_consts: the cotangents of consts are added to it.
+        seen: arrays like those that `undo` returns last, for their shapes and dtypes.
 
-    Raises:
-        ValueError: a block that does not say it; in training, a block with state.
+    Returns:
+        As `undo`, of the whole batch.
     """
-    check_count("batch_chunks", batch_chunks)
-    check_count("token_chunks", token_chunks)
-    if token_chunks == 1 and batch_chunks == 1 and not by_branch:
-        return WHOLE
-    if state:
-        if deterministic:
-            return WHOLE
-        raise ValueError(
-            f"the block has state ({', '.join(state)}), which its parts would each update; take "
-            "by_branch=False, batch_chunks=1 and token_chunks=1, or if it is a constant pass it to "
-            "the stack's call, which hands it to the block"
+    count = block.batch_chunks
+    if count == 1:
+        states, ct_params, ct_consts_k, seen = undo(params, consts, known, states)
+        return states, ct_params, jax.tree.map(jnp.add, ct_consts, ct_consts_k), seen
+
+    def cut_all(tree, index):
+        return jax.tree.map(lambda array: cut(array, index, count, BATCH), tree)
+
+    def put_all(tree, chunk, index):
+        return jax.tree.map(lambda array, own: put(array, own, index, BATCH), tree, chunk)
+
+    def add_consts(total, chunk, is_per_sample, index):
+        if not is_per_sample:
+            return total + chunk
+        return put(total, cut(total, index, count, BATCH) + chunk, index, BATCH)
+
+    def one_chunk(index, carry):
+        states, ct_params, ct_consts, seen = carry
+        undone, ct_params_i, ct_consts_i, seen_i = undo(
+            fold_keys(params, index),
+            _chunk_of_consts(block, consts, index),
+            cut_all(known, index),
+            cut_all(states, index),
         )
-    names = branch_names(block) if by_branch or token_chunks > 1 else ()
-    per_token = getattr(block, "per_token", ())
-    if wrong := [name for name in per_token if names and name not in names]:
-        raise ValueError(
-            f"{type(block).__name__}.per_token names {wrong[0]!r}, which is none of its branches "
-            f"{names}"
+        ct_consts = tuple(
+            add_consts(*each, index)
+            for each in zip(ct_consts, ct_consts_i, block.is_per_sample.diff, strict=True)
         )
-    if token_chunks > 1 and not per_token:
-        raise ValueError(
-            f"token_chunks is {token_chunks}, but {type(block).__name__} names no branch that "
-            'treats tokens alike; give it the class attribute per_token = ("g",), or take '
-            "token_chunks=1"
-        )
-    if deterministic:
-        batch_chunks = math.gcd(batch_chunks, shape[0])
-        token_chunks = math.gcd(token_chunks, shape[1]) if len(shape) > 2 else 1
-    counts = tuple(token_chunks if name in per_token else 1 for name in names)
-    return Parts(names, {"batch_chunks": batch_chunks, "token_chunks": counts or 1})
+        ct_params = jax.tree.map(jnp.add, ct_params, ct_params_i)
+        return put_all(states, undone, index), ct_params, ct_consts, put_all(seen, seen_i, index)
+
+    ct_params = jax.tree.map(jnp.zeros_like, params.diff)
+    seen = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), seen)
+    return _loop(count, one_chunk, (states, ct_params, ct_consts, seen))
 
 
-def branch_names(block: Any) -> tuple[str, ...]:
-    """The block's `branches`: methods (x, *consts) -> r whose sum is h."""
-    names = getattr(block, "branches", ())
-    if not names:
-        raise ValueError(
-            f"{type(block).__name__} does not say what its branches are; give it the class "
-            'attribute branches = ("f", "g") for h = f(x) + g(x + f(x)), naming methods '
-            "(x, *consts) -> r"
-        )
-    if isinstance(names, str) or not all(hasattr(block, name) for name in names):
-        raise ValueError(
-            f"{type(block).__name__}.branches is {names!r}, expected a tuple of the names of its "
-            'methods, as in ("f", "g")'
-        )
-    return tuple(names)
+def _chunk_of_consts(block: Block, consts: Leaves, index) -> Leaves:
+    """consts as chunk `index` sees them; of what all samples share, keys are folded."""
+
+    def choose(is_per_sample, leaf, shared):
+        return cut(leaf, index, block.batch_chunks, BATCH) if is_per_sample else shared
+
+    return jax.tree.map(choose, block.is_per_sample, consts, fold_keys(consts, index))
+
+
+# --- chunks of an array ------------------------------------------------------------------
+
+
+def cut(array: jax.Array, index, count: int, axis: int) -> jax.Array:
+    """Chunk `index` of `count` of an axis that count divides: every count-th, from index on.
+
+    So of a batch sharded over n devices every device has its share of each chunk, as long as n
+    divides the chunk.
+    """
+    rows = _in_rows(array, count, axis)
+    return jax.lax.dynamic_index_in_dim(rows, index, axis + 1, keepdims=False)
+
+
+def put(array: jax.Array, chunk: jax.Array, index, axis: int) -> jax.Array:
+    """`array` with its chunk `index` replaced; in place where XLA owns it."""
+    rows = _in_rows(array, array.shape[axis] // chunk.shape[axis], axis)
+    return jax.lax.dynamic_update_index_in_dim(rows, chunk, index, axis + 1).reshape(array.shape)
+
+
+def _in_rows(array: jax.Array, count: int, axis: int) -> jax.Array:
+    """[.., N, ..] -> [.., N / count, count, ..]"""
+    shape = array.shape
+    return array.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
+
+
+def fold_keys(leaves: Leaves, index) -> Leaves:
+    """The leaves for one chunk: typed PRNG keys become others, so that chunks draw differently."""
+
+    def fold(leaf):
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(leaf.reshape(-1))
+        return folded.reshape(leaf.shape)
+
+    return Leaves(leaves.diff, tuple(fold(leaf) for leaf in leaves.data))
+
+
+def _loop(count: int, body: Callable[[jax.Array, PyTree], PyTree], carry: PyTree) -> PyTree:
+    """carry = body(index, carry) for index 0 .. count-1. Can be differentiated."""
+
+    def one(carry, index):
+        return body(index, carry), None
+
+    return jax.lax.scan(one, carry, jnp.arange(count))[0]

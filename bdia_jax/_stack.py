@@ -20,10 +20,13 @@ class BranchedBlock(nnx.Module):
     Attributes:
         branches: names of the methods, each seeing x plus all branches before it.
         per_token: those of them that treat tokens alike, for `BDIAStack(token_chunks=)`.
+        per_sample: which consts each sample has its own of, for `BDIAStack(batch_chunks=)`: a
+            bool, or a tuple with one for each, as in `bdia_scan`.
     """
 
     branches: tuple[str, ...] = ()
     per_token: tuple[str, ...] = ()
+    per_sample: Any = None
 
     def __call__(self, x: jax.Array, *consts: Any) -> jax.Array:
         """h, float32 [B, ..., D], of x [B, ..., D]."""

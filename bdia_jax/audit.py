@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bdia_jax._split import Split
+from bdia_jax._call import BlockFn, Operands, Static, prepare
 from bdia_jax.fixed_point import FixedPoint, quantize
-from bdia_jax.scan import BlockFn, forward_scan, prepare, reverse_scan
+from bdia_jax.scan import Seen, forward_scan, reverse_scan
 
 # A drift seen once may be larger on other data: suggest room for twice as much.
 _SAFETY = 2.0
@@ -88,6 +88,7 @@ def audit(
     has_aux: bool = False,
     batch_chunks: int = 1,
     token_chunks: int | tuple[int, ...] = 1,
+    per_sample: Any = None,
 ) -> Audit:
     """Runs forward and backward as training compiles them, and compares every rebuilt bit.
 
@@ -97,8 +98,8 @@ def audit(
     All K states are kept for the comparison: take a batch for which they fit.
 
     Args:
-        block_fn, params, x0, gamma, consts, fixed_point, has_aux, batch_chunks, token_chunks:
-            as in `bdia_scan`. gamma must be given: without it nothing is rebuilt.
+        block_fn, params, x0, gamma, consts, fixed_point, has_aux, batch_chunks, token_chunks,
+            per_sample: as in `bdia_scan`. gamma must be given: without it nothing is rebuilt.
 
     Returns:
         An `Audit`; print it, or test `audit(...).exact`.
@@ -116,8 +117,19 @@ def audit(
     """
     if gamma is None:
         raise ValueError("gamma is None, so nothing is rebuilt; pass gamma=sample_gamma(...)")
-    options = (fixed_point, "reversible", has_aux, batch_chunks, token_chunks)
-    static, operands, _ = prepare(block_fn, params, x0, gamma, consts, *options)
+    static, operands, _ = prepare(
+        block_fn,
+        params,
+        x0,
+        gamma,
+        consts,
+        fixed_point=fixed_point,
+        backprop="reversible",
+        has_aux=has_aux,
+        batch_chunks=batch_chunks,
+        token_chunks=token_chunks,
+        per_sample=per_sample,
+    )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
 
@@ -133,7 +145,7 @@ def audit(
     max_drift = float("inf") if failed else float(sound["drift"].max(initial=0.0))
     return Audit(
         fixed_point=fixed_point,
-        elements=operands[1].size,
+        elements=operands.x0.size,
         mismatches=seen["mismatches"],
         errors=seen["errors"],
         corrections=seen["corrections"],
@@ -155,45 +167,37 @@ def _suggest(max_drift: float, fixed_point: FixedPoint) -> int | None:
     return None
 
 
-def _run_probed(static, operands) -> dict[str, np.ndarray]:
+def _run_probed(static: Static, operands: Operands) -> dict[str, np.ndarray]:
     probed = jax.jit(lambda operands: _backward(static, operands, probe=True))
-    _, seen, _ = probed(operands)
-    return {name: np.asarray(values)[1:] for name, values in seen.items()}  # block 0 undoes nothing
+    _, looked, _ = probed(operands)
+    return {name: np.asarray(values)[1:] for name, values in looked.items()}  # block 0 undoes none
 
 
-def _backward(static, operands, probe: bool):
+def _backward(static: Static, operands: Operands, probe: bool):
     """One forward and one backward pass of the loss |x_K|^2 / 2 + sum of aux.
 
-    The gradients are returned so that nothing training computes is optimized away.
+    Returns (wrong elements of x_0, what `compare` saw of each block, gradients). The last are
+    returned so that nothing training computes is optimized away.
     """
-    params, x0, gamma, consts = operands
     fixed_point = static.fixed_point
     keep_state = (lambda n_prev, pre_round: (n_prev, pre_round)) if probe else None
-    (n_prev, n_last), (kept, packed) = forward_scan(static, params, x0, gamma, consts, keep_state)
-    aux_like = jax.eval_shape(lambda: forward_scan(static, params, x0, gamma, consts)[1][0])
+    kept, states = forward_scan(static, operands, keep_state)
+    aux_like = jax.eval_shape(lambda: forward_scan(static, operands)[1])
     ct_aux = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), aux_like.diff)
-    ct_x = n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
+    ct_x = kept.n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
 
-    def compare(states_k, rebuilt, correction, pre_round):
+    def compare(states_k, rebuilt, seen: Seen):
         n, forward_pre_round = states_k
-        drift = jnp.abs(pre_round - forward_pre_round)
+        drift = jnp.abs(seen.pre_round - forward_pre_round)
         return {
             "mismatches": jnp.sum(rebuilt != n),
             "errors": jnp.max(jnp.abs(rebuilt.astype(jnp.float32) - n.astype(jnp.float32))),
-            "corrections": jnp.sum(correction != 0),
+            "corrections": jnp.sum(seen.correction != 0),
             "drift": jnp.max(jnp.where(jnp.isnan(drift), 0.0, drift)),
             "invalid": jnp.sum(n == jnp.int32(-(2**31))),
         }
 
-    gradients, (n0, seen) = reverse_scan(
-        static,
-        params,
-        gamma,
-        consts,
-        (n_prev, n_last),
-        packed,
-        (ct_x, Split(ct_aux, [])),
-        probe=(compare, kept) if probe else None,
+    gradients, n0, looked = reverse_scan(
+        static, operands, kept, ct_x, ct_aux, probe=(compare, states) if probe else None
     )
-    x0_mismatches = jnp.sum(n0 != quantize(x0, fixed_point))
-    return x0_mismatches, seen, gradients
+    return jnp.sum(n0 != quantize(operands.x0, fixed_point)), looked, gradients

@@ -1,18 +1,46 @@
 """BDIAStack for Flax Linen: K copies of any user block, trained reversibly."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bdia_jax._checks import check_magnitude
-from bdia_jax._flax import cast_floats, check_dtype
-from bdia_jax._parts import choose_parts
+from bdia_jax._flax import (
+    branch_names,
+    cast_floats,
+    check_branches_agree,
+    check_dtype,
+    check_trains,
+    choose_evaluation,
+    choose_guard_bits,
+    draw_gamma,
+    sum_of_branches,
+)
+from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
-from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
+from bdia_jax.sharding import constrain
+
+__all__ = ["BDIAStack", "BranchedBlock"]
+
+
+class BranchedBlock(nn.Module):
+    """A block that is the sum of its branches, as `bdia_jax.nnx.BranchedBlock`.
+
+    Subclasses write `setup` and the branches, methods (x, *consts) -> r, and name them in
+    `branches`; the call follows from them.
+    """
+
+    branches = ()  # without annotations: class attributes, not fields
+    per_token = ()
+    per_sample = None
+
+    def __call__(self, x: jax.Array, *consts: Any) -> jax.Array:
+        """h, float32 [B, ..., D], of x [B, ..., D]."""
+        return sum_of_branches(self, x, *consts)
 
 
 class BDIAStack(nn.Module):
@@ -31,6 +59,7 @@ class BDIAStack(nn.Module):
         magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
             0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`.
+        inference_gamma, mesh: as in `bdia_jax.nnx.BDIAStack`.
         by_branch, batch_chunks, token_chunks: to hold less than a block's backward pass at a
             time, as in `bdia_jax.nnx.BDIAStack`; the block's `branches` and `per_token` name
             methods (of a block written with `setup`) that are called as the block is.
@@ -66,10 +95,11 @@ class BDIAStack(nn.Module):
     by_branch: bool = False
     batch_chunks: int = 1
     token_chunks: int = 1
+    inference_gamma: float = 0.0
     deterministic: bool | None = None
     dtype: Any = None
+    mesh: jax.sharding.Mesh | None = None
 
-    @nn.compact
     def __call__(
         self, x: jax.Array, *consts: Any, deterministic: bool | None = None, **block_kwargs: Any
     ) -> Any:
@@ -85,27 +115,83 @@ class BDIAStack(nn.Module):
             ValueError: as `bdia_scan`; deterministic given neither here nor as attribute.
         """
         deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
+        return self._run(bdia_scan, x, consts, deterministic, block_kwargs)
+
+    @nn.nowrap
+    def audit(
+        self,
+        variables: Any,
+        x: jax.Array,
+        *consts: Any,
+        rngs: Any = None,
+        **block_kwargs: Any,
+    ) -> Audit:
+        """`bdia_jax.audit` of this stack in training mode: is its rebuild exact here?
+
+        Args:
+            variables, rngs: as of `apply`, with the rng "gamma".
+            x, consts, block_kwargs: as in a call. Not under jit; all K states must fit in memory.
+        """
+        check_trains(self, deterministic=bool(self.deterministic))
+        options = {"deterministic": False} if self.deterministic is None else {}
+        stack = self.clone(**options)
+        run = {"method": BDIAStack._audited, "rngs": rngs, "mutable": [*variables]}
+        return stack.apply(variables, x, consts, block_kwargs, **run)[0]
+
+    @nn.nowrap
+    def choose_guard_bits(
+        self,
+        variables: Any,
+        x: jax.Array,
+        *consts: Any,
+        at_least: int = 1,
+        rngs: Any = None,
+        **block_kwargs: Any,
+    ) -> "BDIAStack":
+        """This stack with as many guard bits as an audit asks for; its variables are the same.
+
+        Args and errors: as of `audit`, and of `bdia_jax.nnx.BDIAStack.choose_guard_bits`.
+        """
+        check_trains(self, deterministic=bool(self.deterministic))
+
+        def audit_with(fixed_point):
+            stack = self.clone(fixed_point=fixed_point)
+            return stack.audit(variables, x, *consts, rngs=rngs, **block_kwargs)
+
+        assert self.fixed_point is not None  # check_trains
+        found = choose_guard_bits(audit_with, self.fixed_point, at_least)
+        return self.clone(fixed_point=found.fixed_point)
+
+    def _audited(self, x: jax.Array, consts: tuple[Any, ...], block_kwargs: dict[str, Any]):
+        def run(*args, backprop, **options):
+            del backprop  # it is "reversible" that is audited
+            return audit(*args, **options)
+
+        return self._run(run, x, consts, False, block_kwargs)
+
+    @nn.compact
+    def _run(
+        self,
+        run: Callable[..., Any],
+        x: jax.Array,
+        consts: tuple[Any, ...],
+        deterministic: bool,
+        block_kwargs: dict[str, Any],
+    ) -> Any:
+        """What `run`, `bdia_scan` or an audit, makes of the blocks; of a scan, the stack's result."""
         dtype = check_dtype(self.dtype)
         block = self.block.clone(parent=None, name=None)
         if "deterministic" in inspect.signature(type(block).__call__).parameters:
-            block_kwargs["deterministic"] = deterministic
+            block_kwargs = block_kwargs | {"deterministic": deterministic}
+        x = constrain(x, self.mesh)
         variables = self._stacked_variables(block, x, consts, block_kwargs)
         state = {col: v for col, v in variables.items() if col != "params"}
         mutable = [col for col in state if self.is_mutable_collection(col)]
+        is_still = deterministic or self.is_initializing()
         drawn = [] if deterministic else self._block_streams()
         keys = {stream: self._block_keys(stream) for stream in drawn}
 
-        parts = choose_parts(
-            self.block,
-            x.shape,
-            by_branch=self.by_branch,
-            batch_chunks=self.batch_chunks,
-            token_chunks=self.token_chunks,
-            state=[*state],
-            deterministic=deterministic or self.is_initializing(),
-        )
-
-        def pure_method(index: int, method: str | None):
+        def pure_method(method: str | None, index: int = 0):
             def block_fn(params_k, x, *consts):
                 variables_k, keys_k = params_k
                 if index:  # streams start anew in every branch
@@ -121,22 +207,29 @@ class BDIAStack(nn.Module):
 
             return block_fn
 
-        check_magnitude(self.magnitude, self.fixed_point, self.backprop)
-        gamma = None
-        if self.magnitude and not deterministic and not self.is_initializing():
-            gamma = sample_gamma(self.make_rng("gamma"), self.depth, x.shape[0], self.magnitude)
-        branches = tuple(pure_method(i, method) for i, method in enumerate(parts.branches))
-        out, aux = bdia_scan(
-            branches or pure_method(0, None),
+        if run is not bdia_scan:
+            self._check_branches(pure_method, (variables, keys), x, consts)
+        evaluation = choose_evaluation(
+            self, self.block, x.shape, state=[*state], deterministic=is_still
+        )
+        gamma, backprop = draw_gamma(
+            self, x.shape[0], lambda: self.make_rng("gamma"), deterministic=is_still
+        )
+        branches = tuple(pure_method(name, i) for i, name in enumerate(evaluation.branches))
+        found = run(
+            branches or pure_method(None),
             (variables, keys),
             x,
             gamma,
             *consts,
             fixed_point=self.fixed_point,
-            backprop=self.backprop,
+            backprop=backprop,
             has_aux=True,
-            **parts.chunks,
+            **evaluation.chunks,
         )
+        if isinstance(found, Audit):
+            return found
+        out, aux = found
         if branches:  # they have no state, and aux each
             aux = (tuple(aux_i for aux_i, _ in aux), {})
         aux, new_state = aux
@@ -144,6 +237,19 @@ class BDIAStack(nn.Module):
             for col, value in new_state.items():
                 self.put_variable(col, "blocks", value)
         return (out, aux) if self.has_aux else out
+
+    def _check_branches(self, pure_method, params, x, consts) -> None:
+        """Raises ValueError if the block is not the sum of the branches it names."""
+        derived = type(self.block).__call__ is BranchedBlock.__call__
+        if derived or not getattr(self.block, "branches", ()):
+            return
+        # with the same keys, so that all draw the same masks
+        whole, *branches = (
+            lambda *args, fn=pure_method(name): fn(*args)[0]
+            for name in (None, *branch_names(self.block))
+        )
+        name = type(self.block).__name__
+        check_branches_agree(name, whole, branches, params, x.astype(jnp.float32), consts)
 
     def _stacked_variables(self, block, x, consts, block_kwargs):
         """Every collection of K blocks, stacked; initialized from one key a block."""
@@ -167,7 +273,7 @@ class BDIAStack(nn.Module):
         return variables
 
     def _block_keys(self, stream: str) -> jax.Array:
-        """[K], typed so that the parts of a batch can have their own."""
+        """[K], typed so that the chunks of a batch can have their own."""
         key = self.make_rng(stream)
         is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         return jax.random.split(key if is_typed else jax.random.wrap_key_data(key), self.depth)

@@ -1,6 +1,5 @@
 """BDIAStack for Flax NNX: K copies of any user block, trained reversibly."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax._checks import check_magnitude
-from bdia_jax._parts import choose_parts
+from bdia_jax._flax import (
+    Draw,
+    branch_names,
+    check_branches_agree,
+    check_inference_gamma,
+    check_trains,
+    choose_evaluation,
+    choose_guard_bits,
+    draw_gamma,
+)
 from bdia_jax._stack import (
     BranchedBlock,
+    Pure,
     Stack,
     call_branch,
     call_whole,
@@ -21,7 +29,6 @@ from bdia_jax._stack import (
 )
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
-from bdia_jax.recurrence import sample_gamma
 from bdia_jax.scan import bdia_scan
 from bdia_jax.sharding import constrain
 
@@ -70,13 +77,15 @@ class BDIAStack(Stack):
     What a deep stack still needs is the backward pass of one block. Three arguments make that of
     "reversible" smaller; `block_fn`, `batch_chunks` and `token_chunks` of `bdia_scan` say how:
 
-        batch_chunks=n: a block is evaluated n times, each on a part of the batch (consts with a
-            leading axis B are cut too). Costs nothing but smaller matrix products.
+        batch_chunks=n: a block is evaluated n times, each on a chunk of the batch. Costs nothing
+            but smaller matrix products. If it takes consts, its class attribute `per_sample` says
+            which each sample has its own of: `per_sample = (True, False)`, or one bool for all.
         by_branch=True: the residuals of one branch at a time, for one more evaluation of all
             branches but the last. The block names them in a class attribute, methods
-            (x, *consts) -> r: `branches = ("f", "g")` is h = f(x) + g(x + f(x)).
+            (x, *consts) -> r: `branches = ("f", "g")` is h = f(x) + g(x + f(x)). A `BranchedBlock`
+            has no other call; of any other class `audit` compares the two.
         token_chunks=n: by_branch, and those branches the block also names in `per_token`, such as
-            an MLP, are evaluated n times, each on a part of axis 1.
+            an MLP, are evaluated n times, each on a chunk of axis 1.
 
     They are for blocks without other state than random streams; at inference a block with state
     is evaluated whole. Dropout draws another mask with them, the same in every backprop.
@@ -139,9 +148,7 @@ class BDIAStack(Stack):
 
     @inference_gamma.setter
     def inference_gamma(self, gamma: float) -> None:
-        if not -0.5 <= gamma <= 0.5:
-            raise ValueError(f"inference_gamma is {gamma}, expected a number from -0.5 to 0.5")
-        self._inference_gamma = float(gamma)
+        self._inference_gamma = check_inference_gamma(gamma)
 
     def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
@@ -157,11 +164,8 @@ class BDIAStack(Stack):
         """
         rngs = self.rngs if rngs is None else rngs
         x = constrain(x, self.mesh)
-        gamma = self._gamma(x.shape[0], rngs)
-        backprop = self.backprop
-        if self.deterministic and gamma is not None and backprop == "reversible":
-            backprop = "store"  # the same forward bits, for gamma of any magnitude
-        pure, block_fn, chunks = self._parts(x, rngs)
+        gamma, backprop = self._draw(x, rngs)
+        pure, block_fn, chunks = self._functions(x, rngs)
         options = {"fixed_point": self.fixed_point, "backprop": backprop, "has_aux": True}
         out, aux = bdia_scan(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
         if isinstance(block_fn, tuple):  # branches have no state, and aux each
@@ -174,15 +178,12 @@ class BDIAStack(Stack):
         Args:
             x, consts, rngs: as in a call. Not under jit; all K states must fit in memory.
         """
-        if self.deterministic or self.fixed_point is None:
-            raise ValueError(
-                f"deterministic is {self.deterministic} and fixed_point {self.fixed_point}, so "
-                "nothing is rebuilt; call train() and set a FixedPoint"
-            )
+        check_trains(self, deterministic=self.deterministic)
         rngs = self.rngs if rngs is None else rngs
         x = constrain(x, self.mesh)
-        gamma = self._gamma(x.shape[0], rngs)
-        pure, block_fn, chunks = self._parts(x, rngs)
+        self._check_branches(x, consts)
+        gamma, _ = self._draw(x, rngs)
+        pure, block_fn, chunks = self._functions(x, rngs)
         options = {"fixed_point": self.fixed_point, "has_aux": True}
         return audit(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
 
@@ -206,50 +207,49 @@ class BDIAStack(Stack):
         Raises:
             ValueError: as `audit`; no number of guard bits is enough, or states are not finite.
         """
-        found = self.audit(x, *consts, rngs=rngs)
-        if found.invalid:
-            raise ValueError(
-                f"{found.invalid} elements of the states are NaN or beyond int32, so no guard bits "
-                "can be chosen; check x and the parameters, or lower frac_bits"
-            )
-        before = found.fixed_point
-        if found.suggested_guard_bits is not None:
-            chosen = max(at_least, found.suggested_guard_bits)
-            self.fixed_point = dataclasses.replace(before, guard_bits=chosen)
-            if chosen != before.guard_bits:
-                found = self.audit(x, *consts, rngs=rngs)
-        if found.suggested_guard_bits is None or not found.exact:
+        check_trains(self, deterministic=self.deterministic)
+        before = self.fixed_point
+
+        def audit_with(fixed_point):
+            self.fixed_point = fixed_point
+            return self.audit(x, *consts, rngs=rngs)
+
+        try:
+            found = choose_guard_bits(audit_with, before, at_least)
+        except BaseException:
             self.fixed_point = before
-            raise ValueError(
-                f"no number of guard bits is enough for a drift of {found.max_drift:.3g} quanta; "
-                "let the block return h in float32, lower frac_bits, or take backprop='remat'"
-            )
+            raise
         return found
 
-    def _parts(self, x: jax.Array, rngs: nnx.Rngs):
-        """(Pure, block_fn of `bdia_scan`, its batch_chunks and token_chunks)."""
-        parts = choose_parts(
+    def _draw(self, x: jax.Array, rngs: nnx.Rngs) -> Draw:
+        key = partial(draw, rngs, "gamma")
+        return draw_gamma(self, x.shape[0], key, deterministic=self.deterministic)
+
+    def _functions(self, x: jax.Array, rngs: nnx.Rngs) -> tuple[Pure, Any, dict[str, Any]]:
+        """(Pure, block_fn of `bdia_scan`, its arguments about chunks)."""
+        evaluation = choose_evaluation(
+            self,
             self.blocks,
             x.shape,
-            by_branch=self.by_branch,
-            batch_chunks=self.batch_chunks,
-            token_chunks=self.token_chunks,
             state=self.state_names(),
             deterministic=self.deterministic,
         )
-        if not parts.branches:
+        if not evaluation.branches:
             pure = self.pure(rngs, call_whole)
-            return pure, pure.block_fns[0], parts.chunks
-        pure = self.pure(rngs, *(partial(call_branch, name) for name in parts.branches))
-        return pure, pure.block_fns, parts.chunks
+            return pure, pure.block_fns[0], evaluation.chunks
+        pure = self.pure(rngs, *(partial(call_branch, name) for name in evaluation.branches))
+        return pure, pure.block_fns, evaluation.chunks
 
-    def _gamma(self, batch_size: int, rngs: nnx.Rngs) -> jax.Array | None:
-        """[K, B] drawn in training; [K, 1] constant, or None for zero, at inference."""
-        check_magnitude(self.magnitude, self.fixed_point, self.backprop)
-        if self.deterministic:
-            if self.inference_gamma == 0:
-                return None
-            return jnp.full((self.depth, 1), self.inference_gamma, jnp.float32).at[0].set(0.0)
-        if self.magnitude == 0:
-            return None
-        return sample_gamma(draw(rngs, "gamma"), self.depth, batch_size, self.magnitude)
+    def _check_branches(self, x: jax.Array, consts: tuple[Any, ...]) -> None:
+        """Raises ValueError if the block is not the sum of the branches it names."""
+        block = self.blocks
+        derived = type(block).__call__ is BranchedBlock.__call__
+        if derived or not getattr(block, "branches", ()):
+            return
+        still = nnx.clone(self)
+        still.eval()
+        calls = [partial(call_branch, name) for name in branch_names(block)]
+        pure = still.pure(still.rngs, call_whole, *calls)
+        whole, *branches = (lambda *args, fn=fn: fn(*args)[0] for fn in pure.block_fns)
+        name = type(block).__name__
+        check_branches_agree(name, whole, branches, pure.params, x.astype(jnp.float32), consts)

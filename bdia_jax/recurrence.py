@@ -49,6 +49,11 @@ def sample_gamma(key: jax.Array, depth: int, batch_size: int, magnitude: float =
     return (sign * jnp.float32(magnitude)).at[0].set(0.0)
 
 
+def per_element(gamma_k: jax.Array, x: jax.Array) -> jax.Array:
+    """gamma_k [B] or [1] -> [B, 1, ..., 1], to multiply x [B, ..., D]."""
+    return gamma_k.reshape(gamma_k.shape + (1,) * (x.ndim - 1))
+
+
 def mix(x: jax.Array, h: jax.Array, gamma: jax.Array) -> jax.Array:
     """(1 - gamma_k) x_k + (1 + gamma_k) h_k: what eq. 10 adds to gamma_k x_{k-1}.
 

@@ -5,23 +5,18 @@ bits, and one reverse scan that rebuilds each state while it accumulates gradien
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bdia_jax import _checks
 from bdia_jax._autodiff import autodiff_scan
-from bdia_jax._block import Blocks, make_blocks
-from bdia_jax._branches import value, value_and_vjp
-from bdia_jax._chunks import BATCH, add_consts, cut, cut_consts, fold, loop, put
-from bdia_jax._split import Split, per_sample, split
+from bdia_jax._block import Leaves
+from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
+from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
-from bdia_jax.recurrence import inverse_step, step
-
-PyTree = Any
-BlockFn = Callable[..., Any] | Sequence[Callable[..., Any]]
+from bdia_jax.recurrence import inverse_step, per_element, step
 
 
 def bdia_scan(
@@ -35,6 +30,7 @@ def bdia_scan(
     has_aux: bool = False,
     batch_chunks: int = 1,
     token_chunks: int | tuple[int, ...] = 1,
+    per_sample: PyTree = None,
 ) -> Any:
     """Runs K residual blocks as a BDIA-transformer (arXiv 2407.09093) and returns x_K.
 
@@ -70,13 +66,17 @@ def bdia_scan(
             the latter two take gamma of any magnitude, and only they can differentiate
             with gamma None.
         has_aux: whether block_fn returns (h, aux).
-        batch_chunks: parts of the batch a block is evaluated in, one after the other; the
-            backward pass of "reversible" needs memory for one part, and evaluates nothing more
+        batch_chunks: chunks of the batch a block is evaluated on, one after the other; the
+            backward pass of "reversible" needs memory for one chunk, and evaluates nothing more
             for it ("store" and "remat" only compute the same). The block must treat samples alike
-            and have no aux. Leaves of consts with a leading axis B are cut too. A typed PRNG key
-            is folded with the part's index; of keys as plain integers all parts draw alike.
-        token_chunks: likewise parts of axis 1 of x [B, T, ..., D], for a block that treats
+            and have no aux. A typed PRNG key is folded with the chunk's index; of keys as plain
+            integers all chunks draw alike.
+        token_chunks: likewise chunks of axis 1 of x [B, T, ..., D], for a block that treats
             tokens alike (an MLP); one number, or one for each branch. It sees consts whole.
+        per_sample: which of consts every sample has its own of, so that batch_chunks cuts them
+            along: a bool, or a pytree of bools that is a prefix of consts, as in
+            `jax.vmap(in_axes=)`. True asks for a leading axis of B, or of 1 for all samples. None:
+            none of them, and an error where a leading axis of B leaves that open.
 
     Returns:
         x_K, float32 [B, ..., D]; with `has_aux` also aux, stacked [K, ...], differentiable; a
@@ -95,11 +95,23 @@ def bdia_scan(
         >>> jax.grad(loss)(w).shape
         (12, 16, 16)
     """
-    options = (fixed_point, backprop, has_aux, batch_chunks, token_chunks)
-    call = prepare(block_fn, params, x0, gamma, consts, *options)
+    call = prepare(
+        block_fn,
+        params,
+        x0,
+        gamma,
+        consts,
+        fixed_point=fixed_point,
+        backprop=backprop,
+        has_aux=has_aux,
+        batch_chunks=batch_chunks,
+        token_chunks=token_chunks,
+        per_sample=per_sample,
+    )
+    static, operands = call.static, call.operands
     if backprop == "reversible":
         try:
-            result: Any = _reversible(call.static, *call.operands)
+            result: Any = _reversible(static, operands)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -109,107 +121,188 @@ def bdia_scan(
             ) from error
     else:
         remat = backprop == "remat"
-        result = autodiff_scan(call.static.blocks, fixed_point, *call.operands, remat=remat)
+        result = autodiff_scan(static.block, fixed_point, *operands, remat=remat)
     x_last, aux = result
     if call.gamma_is_valid is not True:
         x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
-    return (x_last, call.static.merge_aux(*aux)) if has_aux else x_last
+    return (x_last, static.merge_aux(*aux)) if has_aux else x_last
 
 
-class Static(NamedTuple):
-    """What is known at trace time: the blocks over split leaves, and the format."""
-
-    blocks: Blocks
-    fixed_point: Any  # FixedPoint; None only on the way to autodiff_scan
-    merge_aux: Callable[[Any, Any], PyTree]
+# --- forward: nothing is kept but the last two states and the side bits ---------------
 
 
-class Call(NamedTuple):
-    static: Static
-    operands: tuple
-    gamma_is_valid: jax.Array | bool
+class Kept(NamedTuple):
+    """What the forward pass hands the backward pass of K blocks, beside params and consts.
+
+    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits.
+    """
+
+    n_prev: jax.Array
+    n_last: jax.Array
+    packed: jax.Array
 
 
-def prepare(
-    block_fn,
-    params,
-    x0,
-    gamma,
-    consts,
-    fixed_point,
-    backprop,
-    has_aux,
-    batch_chunks,
-    token_chunks,
-) -> Call:
-    """Checks everything, and separates what is differentiated from what is not."""
-    _checks.check_choices(fixed_point, backprop)
-    params = _checks.as_arrays(params, "params")
-    consts = _checks.as_arrays(consts, "consts")
-    x0 = _checks.check_x0(x0)
-    depth = _checks.check_depth(params)
-    gamma, gamma_is_valid = _checks.check_gamma(
-        gamma, depth, x0.shape[0], fixed_point if backprop == "reversible" else None
-    )
-    is_inference = gamma is None
-    blocks, merge_aux = make_blocks(
-        block_fn, params, x0, consts, has_aux, batch_chunks, token_chunks, is_inference
-    )
-    static = Static(blocks, fixed_point, merge_aux)
-    operands = (split(params)[0], x0, gamma, split(consts)[0])
-    return Call(static, operands, gamma_is_valid)
-
-
-# --- "reversible": nothing is kept but the last two states and the side bits ----------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reversible(static: Static, params: Split, x0, gamma, consts: Split):
-    (_, n_last), (aux, _) = forward_scan(static, params, x0, gamma, consts)
-    return dequantize(n_last, static.fixed_point), aux
-
-
-def forward_scan(static: Static, params: Split, x0, gamma, consts: Split, probe=None):
-    """((n_{K-1}, n_K), (aux [K, ...], packed side bits [K, ...])).
+def forward_scan(
+    static: Static, operands: Operands, probe: Callable[..., Any] | None = None
+) -> tuple[Kept, Any]:
+    """(what is kept, aux [K, ...]).
 
     With `probe(n_prev, pre_round)` its results, stacked, take the place of aux.
     """
     fixed_point = static.fixed_point
 
-    def body(carry, block_inputs):
+    def body(carry, inputs):
         n_prev, n = carry
-        params_k, gamma_k = block_inputs
+        params_k, gamma_k = inputs
         x = dequantize(n, fixed_point)
-        h, aux = value(static.blocks, params_k, x, consts)
+        h, aux = value(static.block, params_k, x, operands.consts)
         if gamma_k is None:
             return (n, quantize(x + h, fixed_point)), (aux, None)
-        n_next, side, pre_round = step(n_prev, n, h, per_sample(gamma_k, n), fixed_point)
+        n_next, side, pre_round = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)
         if probe is not None:
             aux = probe(n_prev, pre_round)
         return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits))
 
-    n0 = quantize(x0, fixed_point)
-    return jax.lax.scan(body, (n0, n0), (params, gamma))
+    n0 = quantize(operands.x0, fixed_point)
+    inputs = (operands.params, operands.gamma)
+    (n_prev, n_last), (aux, packed) = jax.lax.scan(body, (n0, n0), inputs)
+    return Kept(n_prev, n_last, packed), aux
 
 
-def _reversible_fwd(static, params, x0, gamma, consts):
-    if gamma is None:
+# --- backward: every state is rebuilt on the way down ---------------------------------
+
+
+class Known(NamedTuple):
+    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k."""
+
+    gamma: jax.Array
+    packed: jax.Array
+    n: jax.Array
+
+
+class Around(NamedTuple):
+    """What stands around x_k while block k is undone, overwritten in place.
+
+    n: n_{k+1}, then n_{k-1}. ct: the cotangent of that state: whole, then what is known of it.
+    ct_x: the cotangent of x_k: what is known of it, then whole.
+    """
+
+    n: jax.Array
+    ct: jax.Array
+    ct_x: jax.Array
+
+
+class Seen(NamedTuple):
+    """For `audit`: by how much the guard moved a rounding, and the value before it, in quanta."""
+
+    correction: Any
+    pre_round: Any
+
+
+def reverse_scan(
+    static: Static,
+    operands: Operands,
+    kept: Kept,
+    ct_x_last: jax.Array,
+    ct_aux: Any,
+    probe: tuple[Callable[..., Any], PyTree] | None = None,
+) -> tuple[Cotangents, jax.Array, Any]:
+    """Rebuilds x_{K-1} .. x_0 and accumulates cotangents on the way.
+
+    Args:
+        static, operands, kept: as of `forward_scan`.
+        ct_x_last: of x_K. ct_aux: of aux [K, ...], `Leaves.diff` of each branch.
+        probe: (look, inputs [K, ...]): `look(inputs_k, n_prev, seen)` lets `audit` see every
+            rebuild as training compiles it; its results come back stacked.
+
+    Returns:
+        (cotangents of params, x0 and consts, the rebuilt n_0, what look returned or None).
+    """
+    look, probe_inputs = probe or (None, None)
+    batch = kept.n_last.shape[0]
+
+    def body(carry, inputs):
+        n, around, ct_consts = carry
+        params_k, gamma_k, packed_k, ct_aux_k, probe_inputs_k = inputs
+        if static.block.batch_chunks > 1:
+            gamma_k = jnp.broadcast_to(gamma_k, batch)
+        around, ct_params_k, ct_consts, seen = over_batch_chunks(
+            static.block,
+            functools.partial(_undo, static, ct_aux_k),
+            params_k,
+            operands.consts,
+            known=Known(gamma_k, packed_k, n),
+            states=around,
+            ct_consts=ct_consts,
+            seen=Seen(correction=n, pre_round=around.ct),
+        )
+        looked = look and look(probe_inputs_k, around.n, seen)
+        n_prev, ct_prev, ct_x = around
+        return (n_prev, Around(n, ct_x, ct_prev), ct_consts), (ct_params_k, looked)
+
+    init = (
+        kept.n_prev,
+        Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
+        jax.tree.map(jnp.zeros_like, operands.consts.diff),
+    )
+    inputs = (operands.params, operands.gamma, kept.packed, ct_aux, probe_inputs)
+    carry, (ct_params, looked) = jax.lax.scan(body, init, inputs, reverse=True)
+    _, before, ct_consts = carry
+    return Cotangents(ct_params, before.ct, ct_consts), before.n, looked
+
+
+def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
+    """Block k undone: (around x_k, cotangents of params_k and of consts, what was seen).
+
+    With u the cotangent of x_{k+1}: x_{k-1} gets gamma_k u; x_k gets
+    (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
+    (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
+    """
+    n, u = known.n, around.ct
+    gamma = per_element(known.gamma, n)
+    h, ct = value_and_vjp(
+        static.block.branches,
+        params=params_k,
+        x=dequantize(n, static.fixed_point),
+        consts=consts,
+        ct_h=(1.0 + gamma) * u,
+        ct_aux=ct_aux_k,
+    )
+    side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
+    n_prev, *seen = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
+    ct_x = around.ct_x + (1.0 - gamma) * u + ct.x
+    return Around(n_prev, gamma * u, ct_x), ct.params, ct.consts, Seen(*seen)
+
+
+# --- the two as one function with a derivative ----------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reversible(static: Static, operands: Operands) -> tuple[jax.Array, Leaves]:
+    """(x_K, aux)."""
+    kept, aux = forward_scan(static, operands)
+    return dequantize(kept.n_last, static.fixed_point), aux
+
+
+def _reversible_fwd(static: Static, operands: Operands):
+    if operands.gamma is None:
         raise ValueError(
             "backprop='reversible' cannot differentiate gamma=None (inference); pass "
             "gamma=sample_gamma(...) to train, or backprop='store' or 'remat'"
         )
-    (n_prev, n_last), (aux, packed) = forward_scan(static, params, x0, gamma, consts)
-    residuals = (params, gamma, consts, n_prev, n_last, packed, jnp.zeros((0,), x0.dtype))
-    return (dequantize(n_last, static.fixed_point), aux), residuals
+    kept, aux = forward_scan(static, operands)
+    x0_dtype = jnp.zeros((0,), operands.x0.dtype)  # all of x0 that is needed
+    residuals = (operands._replace(x0=x0_dtype), kept)
+    return (dequantize(kept.n_last, static.fixed_point), aux), residuals
 
 
-def _reversible_bwd(static, residuals, cotangents):
-    params, gamma, consts, n_prev, n_last, packed, x0_like = residuals
-    (ct_params, ct_x0, ct_consts), _ = reverse_scan(
-        static, params, gamma, consts, (n_prev, n_last), packed, cotangents
-    )
-    ct_params, ct_x0, ct_consts = _first_order((ct_params, ct_x0, ct_consts))
-    return Split(ct_params, None), ct_x0.astype(x0_like.dtype), None, Split(ct_consts, None)
+def _reversible_bwd(static: Static, residuals, cotangents):
+    operands, kept = residuals
+    ct_x_last, ct_aux = cotangents
+    gradients, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
+    ct_params, ct_x0, ct_consts = _first_order(gradients)
+    ct_x0 = ct_x0.astype(operands.x0.dtype)
+    return (Operands(Leaves(ct_params, None), ct_x0, None, Leaves(ct_consts, None)),)
 
 
 @jax.custom_jvp
@@ -224,93 +317,3 @@ def _first_order_jvp(primals, tangents):
 
 
 _reversible.defvjp(_reversible_fwd, _reversible_bwd)
-
-
-def reverse_scan(static, params, gamma, consts, last_states, packed, cotangents, probe=None):
-    """Rebuilds x_{K-1} .. x_0 and accumulates cotangents on the way.
-
-    With u the cotangent of x_{k+1}: x_{k-1} gets gamma_k u; x_k gets
-    (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
-    (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
-
-    `probe` is (look, inputs [K, ...]): `look(inputs_k, n_prev, correction, pre_round)` lets
-    `audit` see every rebuild as training compiles it; its results come back stacked.
-    """
-    ct_x, (ct_aux, _) = cotangents
-    look, all_probe_inputs = probe or (None, None)
-
-    def body(carry, block_inputs):
-        n, n_next, u_here, u, ct_consts = carry
-        params_k, gamma_k, packed_k, ct_aux_k, probe_inputs = block_inputs
-        operands = (params_k, consts, ct_aux_k)
-        undo = _undo if static.blocks.batch_chunks == 1 else _undo_in_parts
-        undone, ct_params_k, ct_consts, seen = undo(
-            static, operands, (gamma_k, packed_k, n), (n_next, u_here, u), ct_consts
-        )
-        n_prev, u_here, u_prev = undone
-        seen = look and look(probe_inputs, n_prev, *seen)
-        return (n_prev, n, u_prev, u_here, ct_consts), (ct_params_k, seen)
-
-    n_prev, n_last = last_states
-    init = (n_prev, n_last, jnp.zeros_like(ct_x), ct_x, jax.tree.map(jnp.zeros_like, consts.diff))
-    (_, n0, _, ct_x0, ct_consts), (ct_params, seen) = jax.lax.scan(
-        body, init, (params, gamma, packed, ct_aux, all_probe_inputs), reverse=True
-    )
-    return (ct_params, ct_x0, ct_consts), (n0, seen)
-
-
-def _undo(static, operands, known, states, ct_consts):
-    """One block undone.
-
-    Args:
-        operands: (params_k, consts, ct_aux_k).
-        known: (gamma_k, packed_k, n_k).
-        states: (n_{k+1}, cotangent of x_k so far, that of x_{k+1}).
-        ct_consts: so far.
-
-    Returns:
-        (n_{k-1}, cotangent of x_k, that of x_{k-1} so far), shaped like `states`; the cotangent
-        of params_k; ct_consts; (correction, pre_round) as `inverse_step` returns them.
-    """
-    params_k, consts, ct_aux_k = operands
-    gamma_k, packed_k, n = known
-    n_next, u_here, u = states
-    fixed_point = static.fixed_point
-    gamma_x = per_sample(gamma_k, n)
-    h, (ct_params_k, ct_x_block, ct_consts_k) = value_and_vjp(
-        *(static.blocks.branches, params_k, dequantize(n, fixed_point), consts),
-        *((1.0 + gamma_x) * u, ct_aux_k),
-    )
-    side = unpack_bits(packed_k, fixed_point.side_bits, n.shape)
-    n_prev, correction, pre_round = inverse_step(n_next, n, h, gamma_x, side, fixed_point)
-    u_here = u_here + (1.0 - gamma_x) * u + ct_x_block
-    ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_k)
-    return (n_prev, u_here, gamma_x * u), ct_params_k, ct_consts, (correction, pre_round)
-
-
-def _undo_in_parts(static, operands, known, states, ct_consts):
-    """`_undo`, one part of the batch after the other, each overwriting its part of `states`."""
-    params_k, consts, ct_aux_k = operands
-    gamma_k, packed_k, n = known
-    count, batch = static.blocks.batch_chunks, len(n)
-    known = (jnp.broadcast_to(gamma_k, batch), packed_k, n)
-
-    def body(index, carry):
-        states, ct_params_k, ct_consts, seen = carry
-        known_i, states_i = jax.tree.map(lambda a: cut(a, index, count, BATCH), (known, states))
-        consts_i = cut_consts(consts, index, count, batch)
-        operands_i = (fold(params_k, index), consts_i, ct_aux_k)
-        zeros = jax.tree.map(jnp.zeros_like, consts_i.diff)
-        states_i, ct_params_i, ct_consts_i, seen_i = _undo(
-            static, operands_i, known_i, states_i, zeros
-        )
-        states, seen = jax.tree.map(
-            lambda whole, part: put(whole, part, index, BATCH), (states, seen), (states_i, seen_i)
-        )
-        ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
-        ct_consts = add_consts(ct_consts, ct_consts_i, index, count, batch)
-        return states, ct_params_k, ct_consts, seen
-
-    ct_params_k = jax.tree.map(jnp.zeros_like, params_k.diff)
-    seen = (jnp.zeros_like(n), jnp.zeros(n.shape, jnp.float32))  # dropped unless probed
-    return loop(count, body, (states, ct_params_k, ct_consts, seen))

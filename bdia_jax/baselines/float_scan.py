@@ -15,7 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from bdia_jax import _checks
-from bdia_jax._split import Block, Split, per_sample, split, split_block
+from bdia_jax._block import LeafFn, Leaves, over_leaves, partition
+from bdia_jax.recurrence import per_element
 
 PyTree = Any
 
@@ -145,7 +146,7 @@ def rebuild_errors(
 
 
 class _Call(NamedTuple):
-    blocks: tuple[Block, ...]
+    blocks: tuple[LeafFn, ...]
     merge_aux: tuple[Callable[[list, list], PyTree], ...]
     operands: tuple
 
@@ -165,11 +166,12 @@ def _prepare(
     coefficients = _check_coefficients(
         coefficients, depth, len(block_fns), x.shape[0], must_be_reversible
     )
-    prepared = [split_block(fn, params, x, consts, has_aux) for fn in block_fns]
+    prepared = [over_leaves(fn, params, x, consts, has_aux) for fn in block_fns]
     blocks, aux_shapes = zip(*prepared, strict=True)
-    merge_aux = tuple(split(shape)[1] for shape in aux_shapes)
+    merge_aux = tuple(partition(shape)[1] for shape in aux_shapes)
     states = (x_prev.astype(jnp.float32), x.astype(jnp.float32))
-    return _Call(blocks, merge_aux, (split(params)[0], states, coefficients, split(consts)[0]))
+    operands = (partition(params)[0], states, coefficients, partition(consts)[0])
+    return _Call(blocks, merge_aux, operands)
 
 
 def _check_coefficients(coefficients, depth, functions, batch, must_be_reversible):
@@ -199,12 +201,12 @@ def _check_coefficients(coefficients, depth, functions, batch, must_be_reversibl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reversible(blocks, params: Split, states, coefficients, consts: Split):
+def _reversible(blocks, params: Leaves, states, coefficients, consts: Leaves):
     states, (aux, _) = _forward(blocks, params, states, coefficients, consts)
     return states, aux
 
 
-def _forward(blocks, params: Split, states, coefficients, consts: Split, keep_states=False):
+def _forward(blocks, params: Leaves, states, coefficients, consts: Leaves, keep_states=False):
     """((x_{S-1}, x_S), (aux of every function [K, ...], every x_k if they are kept))."""
 
     def body(carry, block_inputs):
@@ -212,7 +214,7 @@ def _forward(blocks, params: Split, states, coefficients, consts: Split, keep_st
         params_k, coefficients_k = block_inputs
         auxes, kept = [], []
         for i, block in enumerate(blocks):
-            a, b, c = (per_sample(y[i], x) for y in coefficients_k)
+            a, b, c = (per_element(y[i], x) for y in coefficients_k)
             h, aux = block(params_k, x, consts)
             auxes.append(aux)
             kept.append(x)
@@ -234,7 +236,7 @@ def _reversible_bwd(blocks, residuals, cotangents):
     (ct_params, ct_states, ct_consts), _ = _reverse(
         blocks, params, states, coefficients, consts, ct_states, ct_aux
     )
-    return Split(ct_params, None), ct_states, None, Split(ct_consts, None)
+    return Leaves(ct_params, None), ct_states, None, Leaves(ct_consts, None)
 
 
 def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, kept=None):
@@ -255,12 +257,12 @@ def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, ke
         for i in reversed(range(len(blocks))):
 
             def differentiable(diff, x, diff_consts, block=blocks[i]):
-                h, aux = block(Split(diff, params_k.data), x, Split(diff_consts, consts.data))
+                h, aux = block(Leaves(diff, params_k.data), x, Leaves(diff_consts, consts.data))
                 return h, aux.diff
 
-            a, b, c = (per_sample(y[i], x) for y in coefficients_k)
+            a, b, c = (per_element(y[i], x) for y in coefficients_k)
             (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
-            x_prev = (x_next - b * x - c * h) / per_sample(divisors_k[i], x)
+            x_prev = (x_next - b * x - c * h) / per_element(divisors_k[i], x)
 
             if kept_k is not None:
                 errors.append(jnp.max(jnp.abs(x - kept_k[i])))

@@ -231,6 +231,7 @@ class PreNormBlock(nnx.Module):
 
     branches = ("f", "g")
     per_token = ("g",)
+    per_sample = True
 
     def __init__(
         self,

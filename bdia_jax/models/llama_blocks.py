@@ -184,6 +184,7 @@ class LlamaBlock(nnx.Module):
 
     branches = ("f", "g")
     per_token = ("g",)
+    per_sample = True
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class DecoderBlock(nnx.Module):
 
     branches = ("f", "c", "g")
     per_token = ("g",)
+    per_sample = True
 
     def __init__(
         self,

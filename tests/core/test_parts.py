@@ -10,7 +10,7 @@ from flax import linen, nnx
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 import bdia_jax
-from bdia_jax._parts import WHOLE, choose_parts
+from bdia_jax._flax import WHOLE, choose_evaluation
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.transformer import DecoderBlock, Transformer
