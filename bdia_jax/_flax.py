@@ -97,14 +97,14 @@ def branch_names(block: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def sum_of_branches(block: Any, x: jax.Array, *consts: Any) -> jax.Array:
+def sum_of_branches(block: Any, x: jax.Array, *consts: Any, **options: Any) -> jax.Array:
     """h = r_1 + .. + r_m of a block whose `branches` name methods r_i = f_i(y_i, *consts).
 
     y_1 = x and y_{i+1} = y_i + r_i: for branches ("f", "g") this is h = f(x) + g(x + f(x)).
     """
     y, h = x, None
     for name in branch_names(block):
-        r = getattr(block, name)(y, *consts)
+        r = getattr(block, name)(y, *consts, **options)
         y, h = y + r, r if h is None else h + r
     return h  # pyright: ignore[reportReturnType]
 

@@ -38,9 +38,9 @@ class BranchedBlock(nn.Module):
     per_token = ()
     per_sample = None
 
-    def __call__(self, x: jax.Array, *consts: Any) -> jax.Array:
-        """h, float32 [B, ..., D], of x [B, ..., D]."""
-        return sum_of_branches(self, x, *consts)
+    def __call__(self, x: jax.Array, *consts: Any, **options: Any) -> jax.Array:
+        """h, float32 [B, ..., D], of x [B, ..., D]; options (`train=True`) go to every branch."""
+        return sum_of_branches(self, x, *consts, **options)
 
 
 class BDIAStack(nn.Module):
@@ -147,8 +147,10 @@ class BDIAStack(nn.Module):
         at_least: int = 1,
         rngs: Any = None,
         **block_kwargs: Any,
-    ) -> "BDIAStack":
-        """This stack with as many guard bits as an audit asks for; its variables are the same.
+    ) -> tuple["BDIAStack", Audit]:
+        """(this stack with as many guard bits as an audit asks for, the exact audit of it).
+
+        The variables are those of this stack: guard bits change none.
 
         Args and errors: as of `audit`, and of `bdia_jax.nnx.BDIAStack.choose_guard_bits`.
         """
@@ -160,7 +162,7 @@ class BDIAStack(nn.Module):
 
         assert self.fixed_point is not None  # check_trains
         found = choose_guard_bits(audit_with, self.fixed_point, at_least)
-        return self.clone(fixed_point=found.fixed_point)
+        return self.clone(fixed_point=found.fixed_point), found
 
     def _audited(self, x: jax.Array, consts: tuple[Any, ...], block_kwargs: dict[str, Any]):
         def run(*args, backprop, **options):
@@ -178,10 +180,10 @@ class BDIAStack(nn.Module):
         deterministic: bool,
         block_kwargs: dict[str, Any],
     ) -> Any:
-        """What `run`, `bdia_scan` or an audit, makes of the blocks; of a scan, the stack's result."""
+        """What `run`, that is `bdia_scan` or an audit, makes of the blocks."""
         dtype = check_dtype(self.dtype)
         block = self.block.clone(parent=None, name=None)
-        if "deterministic" in inspect.signature(type(block).__call__).parameters:
+        if _takes_deterministic(type(block)):
             block_kwargs = block_kwargs | {"deterministic": deterministic}
         x = constrain(x, self.mesh)
         variables = self._stacked_variables(block, x, consts, block_kwargs)
@@ -240,8 +242,9 @@ class BDIAStack(nn.Module):
 
     def _check_branches(self, pure_method, params, x, consts) -> None:
         """Raises ValueError if the block is not the sum of the branches it names."""
-        derived = type(self.block).__call__ is BranchedBlock.__call__
-        if derived or not getattr(self.block, "branches", ()):
+        if not getattr(self.block, "branches", ()) or not callable(self.block):
+            return
+        if type(self.block).__call__ is BranchedBlock.__call__:
             return
         # with the same keys, so that all draw the same masks
         whole, *branches = (
@@ -281,3 +284,10 @@ class BDIAStack(nn.Module):
     def _block_streams(self) -> list[str]:
         scope = self.scope
         return sorted(set(scope.rngs) - {"params", "gamma"}) if scope is not None else []
+
+
+def _takes_deterministic(block: type) -> bool:
+    """Whether the block's call, or that of a branch, has this parameter."""
+    methods = ("__call__", *getattr(block, "branches", ()))
+    calls = (getattr(block, name) for name in methods if hasattr(block, name))
+    return any("deterministic" in inspect.signature(call).parameters for call in calls)

@@ -59,9 +59,12 @@ def case(depth=DEPTH):
 WAYS = {
     "whole": (whole, {}),
     "branches": ((mix, per_token), {}),
-    "batch": (whole, {"batch_chunks": 2}),
+    "batch": (whole, {"batch_chunks": 2, "per_sample": (False, True)}),
     "tokens": ((mix, per_token), {"token_chunks": (1, 3)}),
-    "all": ((mix, per_token), {"batch_chunks": 4, "token_chunks": (1, 2)}),
+    "all": (
+        (mix, per_token),
+        {"batch_chunks": 4, "token_chunks": (1, 2), "per_sample": (False, True)},
+    ),
 }
 
 
@@ -143,8 +146,8 @@ def test_without_dropout_a_way_changes_nothing_but_rounding(unoptimized):
     expected = run(h)
     for block_fn, options in [
         ((mix, g), {}),
-        (h, {"batch_chunks": 4}),
-        ((mix, g), {"token_chunks": (1, 6), "batch_chunks": 2}),
+        (h, {"batch_chunks": 4, "per_sample": (False, True)}),
+        ((mix, g), {"token_chunks": (1, 6), "batch_chunks": 2, "per_sample": (False, True)}),
     ]:
         # a quantum more or less, where a rounding fell otherwise
         assert_grads_close(run(block_fn, **options), expected, 1e-3)
@@ -177,7 +180,7 @@ def test_keys_in_consts_are_folded_too_and_those_of_samples_cut(unoptimized):
 
     keys = jax.random.split(jax.random.key(2), B)
     args = (noise, jnp.ones(2), jnp.zeros((B, T, D)), None, jax.random.key(1), keys)
-    x, whole = bdia_scan(*args, batch_chunks=2), bdia_scan(*args)
+    x, whole = bdia_scan(*args, batch_chunks=2, per_sample=(False, True)), bdia_scan(*args)
     assert relative_error(x[::2] % 0.1, x[1::2] % 0.1) > 0.1
     assert np.all(jnp.abs(x - whole) < 2.01)  # the samples' own draws are the same
 
@@ -210,7 +213,8 @@ def test_parts_with_one_gamma_for_all_bfloat16_input_and_a_nan():
 
     def run(backprop):
         def loss(x0):
-            x = bdia_scan(whole, params, x0, gamma, *consts, backprop=backprop, batch_chunks=2)
+            options = WAYS["batch"][1] | {"backprop": backprop}
+            x = bdia_scan(whole, params, x0, gamma, *consts, **options)
             return jnp.sum(jnp.sin(x)), x
 
         return jax.jit(jax.grad(loss, has_aux=True))(x0)
@@ -235,7 +239,7 @@ def test_seeds_side_by_side_in_parts(unoptimized):
     params, x0, gamma, *consts = case()
 
     def loss(x0):
-        return jnp.sum(bdia_scan(whole, params, x0, gamma, *consts, batch_chunks=2) ** 2)
+        return jnp.sum(bdia_scan(whole, params, x0, gamma, *consts, **WAYS["batch"][1]) ** 2)
 
     both = jnp.stack([x0, 2 * x0])
     alone = jax.jit(jax.grad(loss))
@@ -408,26 +412,63 @@ def test_refused(options, message, unoptimized):
         bdia_scan(options.pop("block_fn"), jnp.ones(DEPTH), x0, gamma, **options)
 
 
-@pytest.mark.parametrize("batch_chunks", [2, 4])
-@pytest.mark.parametrize("use", ["broadcast", "look up"])
-def test_a_const_whose_axis_is_the_batch_by_chance_is_refused(batch_chunks, use, unoptimized):
+# --- which consts are cut with the batch ---------------------------------------------
+
+
+def with_positions(params, x, positions, own):
+    """positions [T, D], shared; own [B, T, 1]."""
+    return jnp.tanh(params * x * own + positions)
+
+
+def square_case():
+    """As many tokens as samples, so that no shape tells positions from a const of samples."""
     _, x0, gamma, _, own = case()
-    x0 = x0[:, :B]  # B tokens
-    positions = jnp.arange(B * D, dtype=jnp.float32).reshape(B, D)  # [T, D], T = B
+    positions = jnp.arange(B * D, dtype=jnp.float32).reshape(B, D)
+    return (with_positions, jnp.ones(DEPTH), x0[:, :B]), gamma, positions, own[:, :B]
 
-    def block(params, x, positions, own):
-        rows = positions if use == "broadcast" else positions[jnp.arange(B)]
-        return jnp.tanh(params * x * own[:, :B] + rows)
 
-    options = {"batch_chunks": batch_chunks}
-    args = (block, jnp.ones(DEPTH), x0)
-    with pytest.raises(ValueError, match=r"consts\[0\] has a leading axis of 4.*axis of 1"):
+@pytest.mark.parametrize("backprop", ["reversible", "store"])
+def test_what_could_be_cut_or_not_has_to_be_said(backprop, unoptimized):
+    args, gamma, positions, own = square_case()
+    options = {"batch_chunks": 2, "backprop": backprop}
+    with pytest.raises(ValueError, match=r"consts\[0\] has a leading axis of 4.*per_sample"):
         bdia_scan(*args, gamma, positions, own, **options)
-    # at inference nothing depends on the parts, so there are none; given as said there are
+    whole = bdia_scan(*args, gamma, positions, own)
+    said = bdia_scan(*args, gamma, positions, own, **options, per_sample=(False, True))
+    assert_same_bits(said, whole)
+    # control: the other word is another function without an error, which a guess would risk
+    options["batch_chunks"] = 4
+    wrong = bdia_scan(*args, gamma, positions, own, **options, per_sample=True)
+    assert relative_error(wrong, whole) > 0.01
+
+
+def test_at_inference_what_is_not_said_leaves_the_batch_whole(unoptimized):
+    args, _, positions, own = square_case()
     whole = bdia_scan(*args, None, positions, own)
-    assert_same_bits(bdia_scan(*args, None, positions, own, **options), whole)
-    if use == "broadcast":
-        bdia_scan(*args, gamma, positions[None], own, **options)
+    assert_same_bits(bdia_scan(*args, None, positions, own, batch_chunks=2), whole)
+
+
+def test_a_leading_axis_of_one_serves_every_sample(unoptimized):
+    args, gamma, positions, own = square_case()
+    whole = bdia_scan(*args, gamma, positions[None], own[:1])
+    for per_sample in (True, False, None, (True, False)):
+        options = {"batch_chunks": 2, "per_sample": per_sample}
+        assert_same_bits(bdia_scan(*args, gamma, positions[None], own[:1], **options), whole)
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "message"),
+    [
+        ("yes", "per_sample is 'yes', expected a bool"),
+        ((True,), r"per_sample is \(True,\), expected a bool for all of consts, or a tuple"),
+        ((1, 0), r"per_sample is \(1, 0\)"),
+        (True, r"consts\[0\] has shape \(8,\), but per_sample says that each of 4 samples"),
+    ],
+)
+def test_per_sample_has_to_fit(per_sample, message, unoptimized):
+    params, x0, gamma, *consts = case()
+    with pytest.raises(ValueError, match=message):
+        bdia_scan(whole, params, x0, gamma, *consts, per_sample=per_sample)
 
 
 def test_an_error_of_the_block_says_what_it_was_given():

@@ -3,11 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 import bdia_jax
 from bdia_jax import FixedPoint
 from bdia_jax.linen import BDIAStack
+from bdia_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
@@ -230,3 +232,78 @@ def test_a_magnitude_that_does_not_match_is_refused():
     stack = BDIAStack(Dense(), depth=3, magnitude=0.25)
     with pytest.raises(ValueError, match=r"magnitude is 0.25.*gamma_bits=1 needs 0.5"):
         init(stack)
+
+
+# --- what the stack for NNX has, too --------------------------------------------------
+
+
+def test_audit_is_of_the_training_that_these_keys_give(optimized):
+    stack = BDIAStack(Dropout(), depth=5)
+    variables = init(stack)
+    report = stack.audit(variables, X, rngs=rngs())
+    assert report.exact and report.elements == X.size and len(report.mismatches) == 4
+    with pytest.raises(ValueError, match="deterministic is True"):
+        stack.clone(deterministic=True).audit(variables, X, rngs=rngs())
+    with pytest.raises(ValueError, match="fixed_point None"):
+        stack.clone(fixed_point=None, backprop="store").audit(variables, X, rngs=rngs())
+
+
+def test_choose_guard_bits_returns_a_stack_with_as_many_as_are_needed(optimized):
+    class Drifting(nn.Module):
+        """Off by 0.9 quanta where it is differentiated, as in the backward pass."""
+
+        @nn.compact
+        def __call__(self, x):
+            off = jax.custom_jvp(lambda x: jnp.zeros_like(x))
+            off.defjvp(lambda x, t: (jnp.full_like(x[0], 0.9 * 2.0**-9), jnp.zeros_like(t[0])))
+            return nn.tanh(nn.Dense(13)(x)) + off(x)
+
+    stack = BDIAStack(Drifting(), depth=5)
+    variables = init(stack)
+    assert not stack.audit(variables, X, rngs=rngs()).exact  # control: one guard bit is too few
+    chosen, found = stack.choose_guard_bits(variables, X, rngs=rngs())
+    assert found.exact and chosen.fixed_point == found.fixed_point
+    assert chosen.fixed_point.guard_bits > stack.fixed_point.guard_bits
+    run = lambda s: s.apply(variables, X, deterministic=False, rngs=rngs())  # noqa: E731
+    assert_same_bits(run(chosen), run(stack))
+
+
+def test_inference_gamma_is_that_of_nnx():
+    weights = jax.random.normal(jax.random.key(0), (3, 13, 13)) / 4
+
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.tanh(x @ self.param("w", nn.initializers.zeros, (13, 13)))
+
+    class Same(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jnp.zeros((13, 13)))
+
+        def __call__(self, x):
+            return jnp.tanh(x @ self.w[...])
+
+    other = bdia_jax.nnx.BDIAStack(Same, 3, rngs=nnx.Rngs(0), inference_gamma=0.25)
+    other.blocks.w[...] = weights
+    other.eval()
+    variables = {"params": {"blocks": {"w": weights}}}
+    run = lambda gamma: BDIAStack(Linear(), 3, inference_gamma=gamma).apply(  # noqa: E731
+        variables, X, deterministic=True
+    )
+    assert_same_bits(run(0.25), other(X))
+    assert relative_error(run(0.0), other(X)) > 0.01
+    with pytest.raises(ValueError, match=r"inference_gamma is 0.6, expected .* -0.5 to 0.5"):
+        run(0.6)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_mesh_splits_the_states():
+    x = jnp.concatenate([X, X])
+    stack = BDIAStack(Dense(), depth=3)
+    variables = init(stack)
+    sharded = stack.clone(mesh=make_mesh(data=4))
+    run = lambda s: jax.jit(  # noqa: E731
+        lambda v: s.apply(v, x, deterministic=False, rngs=rngs())
+    )(variables)
+    assert len(run(sharded).sharding.device_set) == 4
+    np.testing.assert_allclose(run(sharded), run(stack), atol=2 * 2.0**-9)

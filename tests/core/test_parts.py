@@ -11,6 +11,7 @@ from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_e
 
 import bdia_jax
 from bdia_jax._flax import WHOLE, choose_evaluation
+from bdia_jax.linen import BranchedBlock
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.transformer import DecoderBlock, Transformer
@@ -64,9 +65,9 @@ def test_attributes_can_be_set_later_and_inference_takes_what_divides():
     stack.eval()
     assert stack(X).shape == X.shape  # 6 tokens in 2 parts
     assert stack(X[:3, :5]).shape == (3, 5, 16)
-    options = {"by_branch": False, "batch_chunks": 4, "token_chunks": 4, "state": []}
-    parts = choose_parts(stack.blocks, X.shape, **options, deterministic=True)
-    assert parts.chunks == {"batch_chunks": 4, "token_chunks": (1, 2)}
+    chosen = choose_evaluation(stack, stack.blocks, X.shape, state=[], deterministic=True)
+    assert chosen.branches == ("f", "g")
+    assert chosen.chunks == {"batch_chunks": 4, "token_chunks": (1, 2), "per_sample": True}
     stack.batch_chunks = 0
     with pytest.raises(ValueError, match="batch_chunks is 0"):
         stack(X)
@@ -177,14 +178,60 @@ def test_aux_comes_by_branch():
 
 
 def test_nothing_asked_for_is_the_whole_block():
-    options = {"by_branch": False, "batch_chunks": 1, "token_chunks": 1}
-    assert choose_parts(object(), X.shape, **options, state=["s"], deterministic=False) is WHOLE
+    options = {"state": ["s"], "deterministic": False}
+    assert choose_evaluation(make(), object(), X.shape, **options) is WHOLE
+
+
+# --- a block that contradicts itself -------------------------------------------------
+
+
+class Derived(nnx.BranchedBlock):
+    branches = ("f", "g")
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(16, 16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def f(self, x):
+        return self.dense(x)
+
+    def g(self, x):
+        return self.dropout(jnp.tanh(x))
+
+
+class Written(Derived):
+    def __call__(self, x):
+        f = self.f(x)
+        return f + self.g(x + f)
+
+
+class Contradictory(Derived):
+    def __call__(self, x):
+        return self.f(x) + self.g(x)
+
+
+@pytest.mark.claim("a block that contradicts itself is told")
+@pytest.mark.parametrize("by_branch", [False, True])
+def test_a_call_that_is_not_the_sum_of_its_branches_is_told_by_audit(by_branch):
+    stack = make(Contradictory, by_branch=by_branch)
+    with pytest.raises(ValueError, match=r"Contradictory contradicts itself.* in block 0") as error:
+        stack.audit(X)
+    assert "BranchedBlock" in str(error.value)
+
+
+@pytest.mark.control("a block that contradicts itself is told")
+def test_a_call_that_is_the_sum_passes_dropout_or_not():
+    assert make(Written).audit(X).exact
+    stacks = [make(cls) for cls in (Derived, Written)]
+    for stack in stacks:
+        stack.eval()
+    assert_same_bits(*(stack(X) for stack in stacks))
 
 
 # --- Linen ---------------------------------------------------------------------------
 
 
-class LinenBlock(linen.Module):
+class LinenBlock(BranchedBlock):
     branches = ("f", "g")
     per_token = ("g",)
 
@@ -197,10 +244,6 @@ class LinenBlock(linen.Module):
 
     def g(self, x, deterministic):
         return self.dropout(linen.tanh(self.second(x)), deterministic=deterministic)
-
-    def __call__(self, x, deterministic):
-        f = self.f(x, deterministic)
-        return f + self.g(x + f, deterministic)
 
 
 class LinenShared(linen.Module):
@@ -254,6 +297,28 @@ def test_linen_in_parts(make_key):
     assert_grads_close(grads, expected, F32)
     evaluated = [stacks[name].apply(variables, X, deterministic=True) for name in stacks]
     assert relative_error(evaluated[0], evaluated[2]) < 1e-3
+
+
+def test_a_linen_block_that_contradicts_itself_is_told_and_another_is_not():
+    class Contradictory(LinenBlock):
+        def __call__(self, x, deterministic):
+            return self.f(x, deterministic) + self.g(x, deterministic)
+
+    class Written(LinenBlock):
+        def __call__(self, x, deterministic):
+            f = self.f(x, deterministic)
+            return f + self.g(x + f, deterministic)
+
+    rngs = {"gamma": jax.random.key(1), "dropout": jax.random.key(2)}
+
+    def audit(block):
+        stack = bdia_jax.linen.BDIAStack(block, 3)
+        variables = stack.init(jax.random.key(0), X, deterministic=True)
+        return stack.audit(variables, X, rngs=rngs)
+
+    assert audit(Written()).exact
+    with pytest.raises(ValueError, match="Contradictory contradicts itself"):
+        audit(Contradictory())
 
 
 # --- the models ----------------------------------------------------------------------
