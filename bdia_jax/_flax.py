@@ -191,7 +191,7 @@ def check_trains(stack: Any, *, deterministic: bool) -> None:
     if deterministic or stack.fixed_point is None:
         raise ValueError(
             f"deterministic is {deterministic} and fixed_point {stack.fixed_point}, so nothing is "
-            "rebuilt; audit in training mode and set a FixedPoint"
+            "rebuilt; call train() (in Linen deterministic=False) and set a FixedPoint"
         )
 
 

@@ -121,7 +121,7 @@ class Stack(nnx.Module):
     def state_names(self) -> list[str]:
         """The blocks' variables that are neither parameters nor random state (batch statistics)."""
         is_state = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
-        paths = nnx.state(self.blocks, is_state).flat_state()
+        paths = nnx.to_flat_state(nnx.state(self.blocks, is_state))
         return [".".join(map(str, path)) for path, _ in paths]
 
     def finish(self, out: Any, aux: tuple[Any, Any], has_state: bool) -> Any:

@@ -149,7 +149,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> nnx.State:
     Returns:
         A State like `nnx.state(model, nnx.Param)`.
     """
-    stacked = dict(stacked_params(model).flat_state())
+    stacked = dict(nnx.to_flat_state(stacked_params(model)))
 
     def sharding(path, variable):
         spec = _spec(".".join(map(str, path)), variable.shape, stacked[path].get_value(), mesh)

@@ -86,7 +86,7 @@ def test_parameters_are_split_by_heads_and_features_and_over_fsdp():
     )
     specs = {
         ".".join(map(str, path)): sharding.spec
-        for path, sharding in nnx.pure(param_shardings(model, mesh)).flat_state()
+        for path, sharding in nnx.to_flat_state(nnx.pure(param_shardings(model, mesh)))
     }
     blocks = "stack.blocks"
     for name in ("attention.query", "attention.key", "attention.value", "mlp.hidden"):
