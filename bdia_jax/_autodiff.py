@@ -1,24 +1,26 @@
 """The forward of `bdia_scan` in a form JAX differentiates: backprop "store" and "remat"."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from bdia_jax._block import Block, Leaves
 from bdia_jax._parts import value
-from bdia_jax.fixed_point import FixedPoint, dequantize, quantize, straight_through
+from bdia_jax.fixed_point import dequantize, quantize, straight_through
 from bdia_jax.recurrence import mix, per_element, step_any_gamma
 
 
 def autodiff_scan(
     block: Block,
-    fixed_point: FixedPoint | None,
+    fixed_point: Any,  # FixedPoint or None
     params: Leaves,
     x0: jax.Array,
     gamma: jax.Array | None,
     consts: Leaves,
     *,
     remat: bool,
-) -> tuple[jax.Array, Leaves]:
+) -> tuple[Any, Leaves]:
     """(x_K, aux [K, ...]): the recurrence, where `x` shadows `n` to carry gradients."""
 
     def exact_body(carry, inputs):

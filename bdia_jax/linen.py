@@ -133,10 +133,8 @@ class BDIAStack(nn.Module):
             x, consts, block_kwargs: as in a call. Not under jit; all K states must fit in memory.
         """
         check_trains(self, deterministic=bool(self.deterministic))
-        options = {"deterministic": False} if self.deterministic is None else {}
-        stack = self.clone(**options)
         run = {"method": BDIAStack._audited, "rngs": rngs, "mutable": [*variables]}
-        return stack.apply(variables, x, consts, block_kwargs, **run)[0]
+        return self.apply(variables, x, consts, block_kwargs, **run)[0]
 
     @nn.nowrap
     def choose_guard_bits(

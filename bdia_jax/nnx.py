@@ -208,7 +208,7 @@ class BDIAStack(Stack):
             ValueError: as `audit`; no number of guard bits is enough, or states are not finite.
         """
         check_trains(self, deterministic=self.deterministic)
-        before = self.fixed_point
+        before: Any = self.fixed_point
 
         def audit_with(fixed_point):
             self.fixed_point = fixed_point

@@ -36,13 +36,12 @@ def bdia_scan(
 
     x_{k+1} = gamma_k x_{k-1} + Q[(1 - gamma_k) x_k + (1 + gamma_k) h_k(x_k)]   (eq. 21)
 
-    with fixed-point states, or eq. 10 in floating point if `fixed_point` is None. With
-    gamma None (inference) it is x_{k+1} = Q[x_k + h_k(x_k)], the unchanged transformer.
-    The backward pass of "reversible" rebuilds every state by eq. 24 from the last two
-    and `fixed_point.side_bits` bits per activation and block. The rebuild is exact if the
-    block, evaluated again, comes within `fixed_point.drift_bound` quanta of its first
-    evaluation; `bdia_jax.audit` measures that. Rounding is straight-through: its
-    derivative is one.
+    with fixed-point states, or eq. 10 in floating point if `fixed_point` is None. With gamma None
+    (inference) it is x_{k+1} = Q[x_k + h_k(x_k)], the unchanged transformer. The backward pass of
+    "reversible" rebuilds every state by eq. 24 from the last two and `fixed_point.side_bits` bits
+    per activation and block. That is exact if the block, evaluated again, comes within
+    `fixed_point.drift_bound` quanta of its first evaluation; `bdia_jax.audit` measures it.
+    Rounding is straight-through: its derivative is one.
 
     Args:
         block_fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`: everything block
@@ -95,19 +94,9 @@ def bdia_scan(
         >>> jax.grad(loss)(w).shape
         (12, 16, 16)
     """
-    call = prepare(
-        block_fn,
-        params,
-        x0,
-        gamma,
-        consts,
-        fixed_point=fixed_point,
-        backprop=backprop,
-        has_aux=has_aux,
-        batch_chunks=batch_chunks,
-        token_chunks=token_chunks,
-        per_sample=per_sample,
-    )
+    chunks = {"batch_chunks": batch_chunks, "token_chunks": token_chunks, "per_sample": per_sample}
+    options = {"fixed_point": fixed_point, "backprop": backprop, "has_aux": has_aux, **chunks}
+    call = prepare(block_fn, params, x0, gamma, consts, **options)
     static, operands = call.static, call.operands
     if backprop == "reversible":
         try:
@@ -134,12 +123,13 @@ def bdia_scan(
 class Kept(NamedTuple):
     """What the forward pass hands the backward pass of K blocks, beside params and consts.
 
-    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits.
+    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits; None at
+    inference.
     """
 
     n_prev: jax.Array
     n_last: jax.Array
-    packed: jax.Array
+    packed: Any
 
 
 def forward_scan(
@@ -195,8 +185,8 @@ class Around(NamedTuple):
 class Seen(NamedTuple):
     """For `audit`: by how much the guard moved a rounding, and the value before it, in quanta."""
 
-    correction: Any
-    pre_round: Any
+    correction: jax.Array
+    pre_round: jax.Array
 
 
 def reverse_scan(

@@ -41,9 +41,9 @@ from flax import nnx  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from bdia_jax import sample_gamma  # noqa: E402
+from bdia_jax._call import prepare  # noqa: E402
 from bdia_jax.audit import _backward  # noqa: E402
 from bdia_jax.nnx import BDIAStack  # noqa: E402
-from bdia_jax.scan import prepare  # noqa: E402
 from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding  # noqa: E402
 from benchmarks import record  # noqa: E402
 from benchmarks.soak_settings import (  # noqa: E402
@@ -69,8 +69,8 @@ class Soak:
         self.setting = setting
         stack = make_stack(setting)
         x = jax.ShapeDtypeStruct((setting.batch, setting.tokens, setting.width), jnp.float32)
-        parts = stack._parts(x, nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
-        self.pure, self.block_fn, self.chunks = parts
+        functions = stack._functions(x, nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+        self.pure, self.block_fn, self.chunks = functions
         self.draw = jax.jit(self._draw, out_shardings=self._shardings(stack))
         self.backward = jax.jit(self._backward, static_argnums=3)
 
@@ -132,9 +132,10 @@ class Soak:
         return params, state_sharding(mesh, shape), gamma
 
     def _backward(self, params, x0, gamma, probe):
-        chunks = {"batch_chunks": 1, "token_chunks": 1} | self.chunks
-        options = (self.setting.fixed_point, "reversible", True, *chunks.values())
-        call = prepare(self.block_fn, params, x0, gamma, (), *options)
+        whole = {"batch_chunks": 1, "token_chunks": 1, "per_sample": None}
+        options = {"fixed_point": self.setting.fixed_point, "backprop": "reversible"}
+        options |= {"has_aux": True} | whole | self.chunks
+        call = prepare(self.block_fn, params, x0, gamma, (), **options)
         return _backward(call.static, call.operands, probe)
 
 
@@ -142,7 +143,7 @@ compiled = cache(Soak)
 
 
 def _without_pins():
-    return mock.patch("bdia_jax._split.pin_rounding", lambda fn: fn)
+    return mock.patch("bdia_jax._block.pin_rounding", lambda fn: fn)
 
 
 # --- all of them -------------------------------------------------------------------------
