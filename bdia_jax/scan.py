@@ -123,8 +123,8 @@ def bdia_scan(
 class Kept(NamedTuple):
     """What the forward pass hands the backward pass of K blocks, beside params and consts.
 
-    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits; None at
-    inference.
+    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits;
+    None at inference.
     """
 
     n_prev: jax.Array

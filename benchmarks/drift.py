@@ -75,7 +75,7 @@ def audit_case(name: str, shape: Shape, depth: int, scale: float, guards: range)
     x = scale * jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
     stack = make_stack(shape, depth, scale, h_dtype)
     rows = []
-    unpinned = mock.patch("bdia_jax._split.pin_rounding", lambda fn: fn)
+    unpinned = mock.patch("bdia_jax._block.pin_rounding", lambda fn: fn)
     with (
         jax.default_matmul_precision(precision) if precision else nullcontext(),
         unpinned if name.endswith("unpinned") else nullcontext(),

@@ -132,6 +132,7 @@ def test_packing_loses_nothing_and_takes_exactly_the_bits_it_must(num_bits, shap
     np.testing.assert_array_equal(unpacked, values % 2**num_bits)
 
 
+@pytest.mark.control("packed bits come back")
 def test_packing_one_bit_too_few_loses_something():
     values = jnp.arange(64, dtype=jnp.int32).reshape(2, 32) % 8
     assert np.any(unpack_bits(pack_bits(values, 2), 2, values.shape) != values)
@@ -142,6 +143,7 @@ def test_packed_bits_are_laid_out_like_the_state_where_eight_divides_its_width()
     assert pack_bits(jnp.zeros((4, 6, 5), jnp.int32), 3).shape == (4, 3, 4)
 
 
+@pytest.mark.claim("packed bits come back")
 @settings(max_examples=15)
 @given(st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
 def test_packing_round_trips_for_any_shape(num_bits, shape, seed):

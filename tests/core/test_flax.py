@@ -42,10 +42,12 @@ def gradient(stack, *args):
 # --- the stack for NNX ---------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_stack_in_parts_has_the_gradients_of_store():
     assert_grads_close(gradient(make(**ALL), X), gradient(make(**ALL, backprop="store"), X), F32)
 
 
+@pytest.mark.full
 def test_without_dropout_parts_change_rounding_only():
     still = partial(block, dropout_rate=0.0)
     mask = jnp.tril(jnp.ones((1, 1, 6, 6), bool))
@@ -270,6 +272,7 @@ def test_linen_branches_that_share_a_stream_draw_differently():
     assert np.mean(h % 4 == 2) > 0.3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_linen_in_parts(make_key):
     stacks = {
@@ -298,6 +301,7 @@ def test_linen_in_parts(make_key):
     assert relative_error(evaluated[0], evaluated[2]) < 1e-3
 
 
+@pytest.mark.full
 def test_a_linen_block_that_contradicts_itself_is_told_and_another_is_not():
     class Contradictory(LinenBlock):
         def __call__(self, x, deterministic):
@@ -323,6 +327,7 @@ def test_a_linen_block_that_contradicts_itself_is_told_and_another_is_not():
 # --- the models ----------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make_block", [PreNormBlock, DecoderBlock])
 def test_the_branches_of_a_block_sum_up_to_it(make_block):
     block = make_block(16, 2, 32, rngs=nnx.Rngs(0))
@@ -339,6 +344,7 @@ def test_the_branches_of_a_block_sum_up_to_it(make_block):
         )
 
 
+@pytest.mark.full
 def test_a_model_in_parts_has_the_logits_and_the_tokens_of_the_whole():
     sizes = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
     tokens = jnp.arange(8).reshape(2, 4) % 11
@@ -354,6 +360,7 @@ def test_a_model_in_parts_has_the_logits_and_the_tokens_of_the_whole():
     np.testing.assert_array_equal(*out)
 
 
+@pytest.mark.full
 def test_the_translation_model_in_parts():
     source = jnp.array([[3, 4, 5, 0], [6, 7, 0, 0]])
     target = jnp.array([[1, 3, 4, 6], [1, 5, 2, 0]])

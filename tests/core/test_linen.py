@@ -77,18 +77,25 @@ def gradient(block, backprop, *consts, **kwargs):
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
-@pytest.mark.parametrize("block", [Dense(), Dropout()], ids=["dense", "dropout"])
-@pytest.mark.parametrize("backprop", ["reversible", "remat"])
+@pytest.mark.parametrize(
+    ("block", "backprop"),
+    [
+        (Dropout(), "reversible"),
+        *(pytest.param(Dense(), b, marks=pytest.mark.full) for b in ("reversible", "remat")),
+    ],
+)
 def test_reversible_and_remat_equal_store(block, backprop):
     assert_grads_close(gradient(block, backprop)[0], gradient(block, "store")[0], F32)
 
 
+@pytest.mark.full
 def test_other_magnitudes():
     options = {"magnitude": 0.25, "fixed_point": FixedPoint(gamma_bits=2)}
     actual = gradient(Dense(), "reversible", **options)[0]
     assert_grads_close(actual, gradient(Dense(), "store", **options)[0], F32)
 
 
+@pytest.mark.full
 def test_consts_reach_the_blocks():
     mask = jnp.arange(13) % 2 == 0
     masked = gradient(Dense(), "reversible", mask)[0]
@@ -166,6 +173,7 @@ def test_deterministic_may_be_an_attribute_and_must_be_given():
         BDIAStack(Dense(), depth=3).apply(variables, X)
 
 
+@pytest.mark.full
 def test_inference_is_the_same_bits_for_every_backprop(optimized):
     stacks = [BDIAStack(Dense(), depth=5, backprop=b) for b in ("reversible", "store", "remat")]
     variables = init(stacks[0])
@@ -177,6 +185,7 @@ def test_inference_is_the_same_bits_for_every_backprop(optimized):
 # --- state, aux, parameters ----------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backprop", ["store", "reversible", "remat"])
 def test_batch_statistics_are_updated_once_a_call(backprop):
     _, state = gradient(Norm(), backprop, train=True)
@@ -213,6 +222,7 @@ def test_blocks_start_different_and_are_stacked():
     assert len({float(k[0, 0]) for k in kernel}) == 5
 
 
+@pytest.mark.full
 def test_inside_a_larger_module():
     class Model(nn.Module):
         @nn.compact
@@ -237,6 +247,7 @@ def test_a_magnitude_that_does_not_match_is_refused():
 # --- what the stack for NNX has, too --------------------------------------------------
 
 
+@pytest.mark.claim("rebuild is exact")
 def test_audit_is_of_the_training_that_these_keys_give(optimized):
     stack = BDIAStack(Dropout(), depth=5)
     variables = init(stack)
@@ -248,6 +259,7 @@ def test_audit_is_of_the_training_that_these_keys_give(optimized):
         stack.clone(fixed_point=None, backprop="store").audit(variables, X, rngs=rngs())
 
 
+@pytest.mark.full
 def test_choose_guard_bits_returns_a_stack_with_as_many_as_are_needed(optimized):
     class Drifting(nn.Module):
         """Off by 0.9 quanta where it is differentiated, as in the backward pass."""
@@ -296,6 +308,7 @@ def test_inference_gamma_is_that_of_nnx():
         run(0.6)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_a_mesh_splits_the_states():
     x = jnp.concatenate([X, X])

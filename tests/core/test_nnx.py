@@ -79,7 +79,10 @@ def masks(stack, rngs=None):
 # --- gradients and exactness ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [Dense, Dropout, Norm])
+@pytest.mark.claim("gradients equal store's")
+@pytest.mark.parametrize(
+    "block", [Dropout, *(pytest.param(b, marks=pytest.mark.full) for b in (Dense, Norm))]
+)
 def test_reversible_and_remat_equal_store(block, optimized):
     stacks = {b: make(block, backprop=b) for b in ("store", "reversible", "remat")}
     value, expected = gradient(stacks["store"])
@@ -99,18 +102,23 @@ def drop_smallest(actual, expected):
     return tuple([leaf for leaf, k in zip(g, keep, strict=True) if k] for g in (actual, expected))
 
 
-@pytest.mark.parametrize("block", [Dense, Dropout, Norm])
+@pytest.mark.claim("rebuild is exact")
+@pytest.mark.parametrize(
+    "block", [Dropout, *(pytest.param(b, marks=pytest.mark.full) for b in (Dense, Norm))]
+)
 def test_the_audit_of_a_stack_is_exact(block, optimized):
     stack = make(block, depth=9)
     audit = stack.audit(X)
     assert audit.exact and len(audit.mismatches) == 8, audit
 
 
+@pytest.mark.full
 def test_the_audit_of_a_stack_in_parts_is_exact(optimized):
     audit = make(Dropout, depth=9, batch_chunks=2).audit(X)
     assert audit.exact and audit.elements == X.size and len(audit.mismatches) == 8, audit
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gamma_bits", [2, 3])
 def test_other_magnitudes(gamma_bits):
     fp = FixedPoint(gamma_bits=gamma_bits)
@@ -120,6 +128,7 @@ def test_other_magnitudes(gamma_bits):
     assert_grads_close(gradient(make(Dense, **options))[1], expected, F32)
 
 
+@pytest.mark.full
 def test_consts_reach_the_blocks_and_are_differentiated():
     mask = jnp.arange(13) % 2 == 0
     y = make(Dense)(X, mask, rngs=nnx.Rngs(1))
@@ -220,6 +229,7 @@ def test_train_and_eval_of_an_enclosing_module_switch_the_stack():
     assert np.any(model.stack(X) != model.stack(X))
 
 
+@pytest.mark.full
 def test_eval_is_the_same_bits_for_every_backprop(optimized):
     outputs = []
     for backprop in ("reversible", "store", "remat"):
@@ -230,6 +240,7 @@ def test_eval_is_the_same_bits_for_every_backprop(optimized):
     assert_same_bits(outputs[0], outputs[2])
 
 
+@pytest.mark.full
 def test_backprop_may_be_switched_on_a_living_stack():
     stack = make(Dense)
     _, reversible = gradient(stack)
@@ -254,6 +265,7 @@ def test_inference_gamma_zero_is_the_unchanged_transformer():
     assert relative_error(inference(-0.5)[1], plain(X)) > 1e-2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gamma", [-0.5, 0.3])
 def test_inference_gamma_is_the_constant_of_eq_10(gamma):
     stack, y = inference(gamma)
@@ -275,6 +287,7 @@ def test_inference_gamma_is_the_constant_of_eq_10(gamma):
     np.testing.assert_allclose(exact, loop(X), atol=2e-5)
 
 
+@pytest.mark.full
 def test_inference_gamma_is_the_same_bits_for_every_backprop_and_not_used_in_training(optimized):
     outputs = [inference(0.25, backprop=b)[1] for b in ("reversible", "store", "remat")]
     assert_same_bits(outputs[0], outputs[1])
@@ -304,6 +317,7 @@ def statistics_after(backprop, calls=2):
     return stack, jax.tree.leaves(nnx.state(stack.blocks, nnx.BatchStat))
 
 
+@pytest.mark.full
 def test_batch_statistics_are_updated_once_a_call_and_equally_by_every_backprop():
     stack, expected = statistics_after("store")
     assert all(leaf.shape == (5, 13) for leaf in expected)
@@ -320,6 +334,7 @@ def test_batch_statistics_are_updated_once_a_call_and_equally_by_every_backprop(
     np.testing.assert_allclose(mean, 0.1 * (1 + 0.9) * seen.mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_eval_uses_the_statistics_and_leaves_them():
     stack, before = statistics_after("reversible")
     stack.eval()
@@ -328,6 +343,7 @@ def test_eval_uses_the_statistics_and_leaves_them():
         assert_same_bits(a, b)
 
 
+@pytest.mark.full
 def test_aux_is_stacked_and_differentiable():
     class WithAux(Dense):
         def __call__(self, x):

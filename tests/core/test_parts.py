@@ -82,7 +82,11 @@ def value_and_grads(way, backprop):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x0, consts)
 
 
-@pytest.mark.parametrize("way", ["branches", "batch", "tokens", "all"])
+@pytest.mark.claim("chunks and branches change no value")
+@pytest.mark.parametrize(
+    "way",
+    ["all", *(pytest.param(w, marks=pytest.mark.full) for w in ("branches", "batch", "tokens"))],
+)
 def test_values_and_gradients_are_those_of_store(way):
     expected, x = value_and_grads(way, "store")
     actual, rebuilt_x = value_and_grads(way, "reversible")
@@ -90,6 +94,7 @@ def test_values_and_gradients_are_those_of_store(way):
     assert_grads_close(actual, expected, F32)
 
 
+@pytest.mark.full
 def test_remat_computes_the_same():
     expected, x = value_and_grads("all", "store")
     actual, rematerialized_x = value_and_grads("all", "remat")
@@ -97,13 +102,15 @@ def test_remat_computes_the_same():
     assert_grads_close(actual, expected, F32)
 
 
-@pytest.mark.parametrize("way", ["branches", "all"])
+@pytest.mark.claim("rebuild is exact")
+@pytest.mark.parametrize("way", [pytest.param("branches", marks=pytest.mark.full), "all"])
 def test_the_rebuild_is_exact(way):
     block_fn, options = WAYS[way]
     found = bdia.audit(block_fn, *case(), **options)
     assert found.exact and found.elements == B * T * D, found
 
 
+@pytest.mark.control("rebuild is exact")
 def test_an_audit_in_parts_sees_an_inexact_rebuild():
     # 12 fractional bits and no guard: a block off by 1e-3 cannot come back
     def off(params, x):
@@ -128,6 +135,7 @@ def _perturbed_fwd(w, x):
 _perturbed.defvjp(_perturbed_fwd, lambda res, ct: (jnp.zeros_like(res[0]), jnp.zeros_like(res[1])))
 
 
+@pytest.mark.full
 def test_without_dropout_a_way_changes_nothing_but_rounding(unoptimized):
     params, x0, gamma, *consts = case()
     params.pop("key")
@@ -185,6 +193,7 @@ def test_keys_in_consts_are_folded_too_and_those_of_samples_cut(unoptimized):
     assert np.all(jnp.abs(x - whole) < 2.01)  # the samples' own draws are the same
 
 
+@pytest.mark.full
 def test_aux_of_branches_is_a_tuple(unoptimized):
     def branch(power):
         def f(params, x):
@@ -206,6 +215,7 @@ def test_aux_of_branches_is_a_tuple(unoptimized):
     assert_grads_close(grad(w, "reversible"), grad(w, "store"), F32)
 
 
+@pytest.mark.full
 def test_parts_with_one_gamma_for_all_bfloat16_input_and_a_nan():
     params, x0, gamma, *consts = case()
     gamma = gamma[:, :1]
@@ -235,6 +245,7 @@ def test_a_nan_stays_in_its_sample_by_branch(unoptimized):
     assert np.all(np.isfinite(grad[1:]))
 
 
+@pytest.mark.full
 def test_seeds_side_by_side_in_parts(unoptimized):
     params, x0, gamma, *consts = case()
 
@@ -315,6 +326,8 @@ def both(params, x):
     return f + wide_mlp(params, x + f)
 
 
+@pytest.mark.claim("chunks and branches hold less")
+@pytest.mark.control("chunks and branches hold less")
 def test_each_way_holds_less():
     branches = (attention_like, wide_mlp)
     sizes = {
@@ -333,6 +346,7 @@ def test_each_way_holds_less():
     assert temp_bytes(branches, backprop="remat") > sizes["whole"]
 
 
+@pytest.mark.full
 def test_a_branch_may_bring_its_own_checkpoint_policy(unoptimized):
     # that it also saves memory shows on a GPU: on a CPU XLA merges the two evaluations again
     policy = jax.checkpoint_policies.nothing_saveable
@@ -352,6 +366,7 @@ def test_a_branch_may_bring_its_own_checkpoint_policy(unoptimized):
     assert_grads_close(jax.jit(grad(own))(params), jax.jit(grad(wide_mlp))(params), F32)
 
 
+@pytest.mark.full
 def test_an_added_block_still_costs_its_side_bits():
     size = functools.partial(temp_bytes, (attention_like, wide_mlp))
     options = {"batch_chunks": 4, "token_chunks": (1, 2)}
@@ -359,6 +374,7 @@ def test_an_added_block_still_costs_its_side_bits():
     assert abs(slope / (8 * 256 * WIDE * 2 / 8) - 1) < 0.02
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["batch", "tokens"])
 def test_parts_of_a_sharded_batch_stay_on_their_devices(way):
     block_fn, options = WAYS[way]
@@ -427,6 +443,7 @@ def square_case():
     return (with_positions, jnp.ones(DEPTH), x0[:, :B]), gamma, positions, own[:, :B]
 
 
+@pytest.mark.control("chunks and branches change no value")
 @pytest.mark.parametrize("backprop", ["reversible", "store"])
 def test_what_could_be_cut_or_not_has_to_be_said(backprop, unoptimized):
     args, gamma, positions, own = square_case()

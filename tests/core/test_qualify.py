@@ -130,7 +130,10 @@ def checkpointed_pair(m, x):
 LAYERS = [pre_norm, post_norm, parallel, layer_scale, checkpointed_pair]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer",
+    [post_norm, *(pytest.param(l, marks=pytest.mark.full) for l in LAYERS if l != post_norm)],
+)
 def test_a_layer_that_adds_to_x_itself(layer):
     stack = make(lambda m, x: layer(m, x) - x)
     assert_qualifies(stack)
@@ -155,6 +158,7 @@ def test_parallel_branches_are_not_those_of_by_branch():
 # --- stochastic depth -------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_stochastic_depth_by_dropout_of_whole_samples():
     def init(m, rngs):
         m.drop = nnx.Dropout(0.5, broadcast_dims=(1, 2), rngs=rngs)
@@ -170,6 +174,7 @@ def test_stochastic_depth_by_dropout_of_whole_samples():
     assert np.any(missing[0] != missing[1])
 
 
+@pytest.mark.full
 def test_stochastic_depth_with_a_rate_for_each_block():
     def init(m, rngs):
         m.rate, m.stream = nnx.Variable(jnp.zeros(())), rngs.dropout.fork()
@@ -199,6 +204,7 @@ def test_make_block_is_called_once_so_a_counter_in_python_does_not_differ():
 # --- state ------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_spectral_norm_is_updated_once_a_call():
     def init(m, rngs):
         m.linear = nnx.SpectralNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs)
@@ -208,6 +214,7 @@ def test_spectral_norm_is_updated_once_a_call():
     assert_same_state(after, stored, stack)
 
 
+@pytest.mark.full
 def test_memory_of_the_last_call_gets_no_gradient():
     def init(m, rngs):
         m.memory = nnx.Cache(jnp.zeros(X.shape))
@@ -236,6 +243,7 @@ def assert_same_state(actual, expected, before):
         assert np.any(a != b)
 
 
+@pytest.mark.full
 def test_a_key_value_cache_decodes_what_the_whole_gives():
     stack = BDIAStack(
         lambda rngs: Attention(8, 2, is_causal=True, rngs=rngs), DEPTH, rngs=nnx.Rngs(0)
@@ -252,6 +260,7 @@ def test_a_key_value_cache_decodes_what_the_whole_gives():
 # --- shapes, skips, sharing -------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_block_that_changes_the_shape_is_refused_and_stacks_are_chained():
     with pytest.raises(ValueError, match=r"shape \(4, 3, 8\).* for x of shape \(4, 6, 8\).*added"):
         make(lambda m, x: m.f(x)[:, ::2])(X)
@@ -271,6 +280,7 @@ def test_a_block_that_changes_the_shape_is_refused_and_stacks_are_chained():
     assert_same_gradients(model, lambda m, x: m(x))
 
 
+@pytest.mark.full
 def test_skips_from_block_to_block_are_kept_states():
     def loss(params, skip_params, backprop):
         options = {"backprop": backprop, "has_aux": True}
@@ -290,6 +300,7 @@ def test_skips_from_block_to_block_are_kept_states():
     assert held["float32[4, 4, 6, 8]"] == DEPTH * X.nbytes  # one skip a block: what BDIA saves
 
 
+@pytest.mark.full
 def test_weights_shared_by_all_blocks_are_an_argument():
     def init(m, rngs):
         m.scale = nnx.Param(jnp.ones(()))
@@ -311,6 +322,7 @@ def test_weights_shared_by_all_blocks_are_an_argument():
     assert bdia.audit(h, jnp.arange(DEPTH), X, gamma, weights).exact
 
 
+@pytest.mark.full
 def test_cross_attention_and_masks_are_arguments():
     def call(m, x, memory, mask):
         scores = m.up(x) @ memory.swapaxes(1, 2)
@@ -326,7 +338,8 @@ def test_cross_attention_and_masks_are_arguments():
 # --- what is not deterministic ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["numpy", "callback"])
+@pytest.mark.claim("a block that does not qualify is found")
+@pytest.mark.parametrize("source", ["numpy", pytest.param("callback", marks=pytest.mark.full)])
 def test_randomness_of_the_host_is_found_by_audit(source):
     generator = np.random.default_rng(0)
 
@@ -342,6 +355,7 @@ def test_randomness_of_the_host_is_found_by_audit(source):
     assert not audit.exact and audit.mismatches.all() and audit.suggested_guard_bits is None
 
 
+@pytest.mark.control("a block that does not qualify is found")
 def test_a_callback_that_only_looks_is_harmless():
     seen = []
     stack = make(lambda m, x: jax.debug.callback(lambda v: seen.append(v), x[0, 0, 0]) or m.f(x))
@@ -353,6 +367,7 @@ def test_a_callback_that_only_looks_is_harmless():
 # --- parameters that are not trained, dtypes, kinds -------------------------------------
 
 
+@pytest.mark.full
 def test_frozen_parameters_cost_no_gradient(optimized):
     def init(m, rngs):
         m.a, m.b = (nnx.LoRAParam(rngs.params.normal(s)) for s in ((256, 2), (2, 256)))
@@ -373,6 +388,7 @@ def test_frozen_parameters_cost_no_gradient(optimized):
     assert report.temporaries < weights  # nor is it made and thrown away
 
 
+@pytest.mark.full
 def test_a_number_of_each_block_may_choose_what_it_does():
     def init(m, rngs):
         m.window = nnx.Variable(jnp.zeros((), jnp.int32))

@@ -115,6 +115,7 @@ def test_a_state_that_leaves_int32_is_marked_though_every_term_fits(sign):
 # --- the inverse ---------------------------------------------------------------------
 
 
+@pytest.mark.claim("a step is undone to the bit")
 @pytest.mark.parametrize("fixed_point", all_formats(), ids=str)
 @pytest.mark.parametrize("reach", [2**10, 2**28])
 def test_inverse_step_undoes_step(fixed_point, reach):
@@ -127,6 +128,7 @@ def test_inverse_step_undoes_step(fixed_point, reach):
     assert not np.any(correction)
 
 
+@pytest.mark.control("a step is undone to the bit")
 @pytest.mark.parametrize("fixed_point", all_formats(), ids=str)
 def test_without_the_side_bits_step_cannot_be_undone(fixed_point):
     n_prev, n, h, sigma = random_states(2, 4096)
@@ -139,6 +141,7 @@ def test_without_the_side_bits_step_cannot_be_undone(fixed_point):
     assert right.mean() < 0.6
 
 
+@pytest.mark.control("a step is undone to the bit")
 @pytest.mark.parametrize("magnitude", [0.5, 0.25])
 def test_plain_floats_cannot_be_undone(magnitude):
     rng = np.random.default_rng(3)
@@ -187,6 +190,8 @@ def drifted_rebuild(fixed_point, drift, seed=5, size=20000):
     return np.asarray(rebuilt) != n_prev, np.asarray(correction), flips
 
 
+@pytest.mark.claim("the guard absorbs a drift below its bound")
+@pytest.mark.control("the guard absorbs a drift below its bound")
 @pytest.mark.parametrize("gamma_bits", [1, 2, 3])
 @pytest.mark.parametrize("guard_bits", [1, 2, 3, 4])
 def test_the_guard_is_exact_up_to_its_bound_and_fails_above_it(guard_bits, gamma_bits):
@@ -207,6 +212,7 @@ def test_without_guard_bits_a_tiny_drift_corrupts(gamma_bits):
     assert not correction.any()
 
 
+@pytest.mark.full
 @settings(max_examples=15)
 @given(
     gamma_bits=st.integers(1, 3),

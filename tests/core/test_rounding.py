@@ -52,6 +52,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_values_types_and_gradients_are_the_functions(name, dtype):
@@ -78,6 +79,8 @@ def test_values_types_and_gradients_are_the_functions(name, dtype):
         )
 
 
+@pytest.mark.claim("half precision rounds alike in both passes")
+@pytest.mark.control("half precision rounds alike in both passes")
 def test_compiled_value_is_the_one_rounded_at_every_step():
     """x * 3 is rounded to bfloat16 before 1 is added; XLA alone may leave that out."""
     x = jax.random.normal(jax.random.key(0), (4096,)).astype(jnp.bfloat16)
@@ -100,6 +103,7 @@ def test_finds_half_precision_at_any_depth():
     assert not has_half_precision(jax.make_jaxpr(jax.jit(jnp.sin))(x32).jaxpr)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_bfloat16_transformer_blocks_are_exact_without_luck(scale):
     """At this size XLA's excess precision makes the two passes differ by ~10 quanta unpinned
@@ -114,6 +118,7 @@ def test_bfloat16_transformer_blocks_are_exact_without_luck(scale):
     assert report.max_drift < 0.25, report
 
 
+@pytest.mark.full
 def test_flax_attention_in_bfloat16_is_exact():
     class Block(nnx.Module):
         def __init__(self, rngs):
@@ -132,6 +137,7 @@ def test_flax_attention_in_bfloat16_is_exact():
     assert report.exact, report
 
 
+@pytest.mark.full
 def test_gradients_of_a_bfloat16_stack_agree_with_store():
     grads = {}
     for backprop in ("reversible", "store"):

@@ -28,6 +28,7 @@ from bdia_jax import FixedPoint, bdia_scan
 from bdia_jax.fixed_point import dequantize
 
 F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
+full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 
 @functools.cache  # so that equal shapes share a program
@@ -60,20 +61,22 @@ def weights_of(x0):
 # --- every bit comes back ------------------------------------------------------------
 
 
+@pytest.mark.claim("rebuild is exact")
+@pytest.mark.control("rebuild is exact")
 @pytest.mark.parametrize(
     "kind, depth, shape, gamma_bits, guard_bits",
     [
-        ("float32", 2, (5, 3), 1, 0),
-        ("float32", 7, (2, 2, 3, 8), 3, 0),
         ("float32", 64, (3, 13), 1, 1),
-        ("float32", 256, (2, 5), 2, 2),
-        ("bfloat16", 2, (2, 3, 7), 3, 2),
-        ("bfloat16", 3, (3, 16), 1, 2),
         ("bfloat16", 7, (2, 3, 5), 2, 4),
-        ("bfloat16", 256, (3, 13), 1, 7),
         ("dropout", 3, (9,), 3, 5),
-        ("dropout", 64, (2, 2, 3, 8), 1, 3),
-        ("dropout", 256, (2, 13), 2, 1),
+        full("float32", 2, (5, 3), 1, 0),
+        full("float32", 7, (2, 2, 3, 8), 3, 0),
+        full("float32", 256, (2, 5), 2, 2),
+        full("bfloat16", 2, (2, 3, 7), 3, 2),
+        full("bfloat16", 3, (3, 16), 1, 2),
+        full("bfloat16", 256, (3, 13), 1, 7),
+        full("dropout", 64, (2, 2, 3, 8), 1, 3),
+        full("dropout", 256, (2, 13), 2, 1),
     ],
 )
 def test_the_rebuild_is_bit_equal_and_needs_the_side_bits(
@@ -107,6 +110,7 @@ def test_the_rebuild_is_bit_equal_for_any_shape_and_format(
     assert not np.any(round_trip_mismatches(BLOCKS[kind], *case, fp))
 
 
+@pytest.mark.control("rebuild is exact")
 @pytest.mark.parametrize("depth", [3, 24])
 def test_plain_floats_are_not_rebuilt(depth):
     params, x0, gamma = make_case(depth, (4, 5, 13))
@@ -136,6 +140,7 @@ def elementwise_block(params, x):
     return jnp.tanh(params["b"] * x + 0.3)
 
 
+@pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize(
     "block_fn, shape", [(tanh_block, (8, 16, 13)), (elementwise_block, (16, 64, 13))]
 )
@@ -153,15 +158,16 @@ def test_states_of_any_magnitude_are_rebuilt(block_fn, shape, magnitude):
 # --- the forward pass ----------------------------------------------------------------
 
 
+@pytest.mark.claim("forward bits are the same whatever the backprop")
 @pytest.mark.parametrize(
     "kind, gamma_bits",
     [
         ("float32", None),
         ("float32", 1),
-        ("float32", 3),
-        ("bfloat16", None),
+        full("float32", 3),
+        full("bfloat16", None),
         ("bfloat16", 2),
-        ("dropout", 1),
+        full("dropout", 1),
     ],
 )
 def test_the_forward_is_the_same_bits_whatever_the_backprop(kind, gamma_bits):
@@ -201,6 +207,7 @@ def test_store_and_remat_take_gamma_of_any_magnitude(magnitude):
     assert 0 < np.max(np.abs(stored - x)) < 0.02  # quanta of 2^-9, K times
 
 
+@pytest.mark.full
 def test_gamma_may_be_shared_by_the_batch():
     params, x0, _ = make_case(5, (3, 13))
     column = bdia.sample_gamma(jax.random.key(5), 5, 1)
@@ -237,6 +244,7 @@ def test_without_gamma_and_quantization_it_is_the_plain_transformer(backprop):
     assert_grads_close(actual[1], expected[1], F32)
 
 
+@pytest.mark.control("forward bits are the same whatever the backprop")
 def test_quantized_inference_is_close_to_the_plain_transformer_and_not_equal():
     params, x0, _ = make_case(4, (3, 5, 13))
     quantized = run("reversible")(params, x0, None)
@@ -254,14 +262,15 @@ def used(params, kind):
     return {name: params[name] for name in names}
 
 
+@pytest.mark.claim("gradients equal store's")
 @pytest.mark.parametrize(
     "kind, gamma_bits, shape",
     [
         ("float32", 1, (3, 5, 13)),
-        ("float32", 3, (6,)),
-        ("bfloat16", 1, (3, 5, 13)),
+        full("float32", 3, (6,)),
+        full("bfloat16", 1, (3, 5, 13)),
         ("bfloat16", 2, (4, 5)),
-        ("dropout", 2, (4, 5)),
+        full("dropout", 2, (4, 5)),
         ("dropout", 3, (6,)),
     ],
 )
@@ -296,6 +305,8 @@ def straight_line(params, x0, gamma, frac_bits=9):
     return x
 
 
+@pytest.mark.claim("gradients equal store's")
+@pytest.mark.control("gradients equal store's")
 def test_store_is_the_straight_through_derivative_of_the_recurrence_written_out():
     params, x0, gamma = make_case(4, (3, 5, 13))
     params = used(params, "float32")
@@ -387,6 +398,7 @@ def test_no_gradient_flows_into_gamma(backprop):
     assert not np.any(jax.jit(grad)(gamma))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
 def test_x0_in_bfloat16_gets_its_cotangent_in_bfloat16(backprop):
     params, x0, gamma = make_case(5, (3, 13))
@@ -411,6 +423,7 @@ def test_one_block_has_nothing_to_rebuild_and_still_trains():
 # --- transformations -----------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backprop", ["reversible", "store"])
 def test_vmap_over_seeds_equals_the_loop(backprop):
     params, x0, _ = make_case(4, (3, 5))
@@ -428,6 +441,7 @@ def test_vmap_over_seeds_equals_the_loop(backprop):
     assert relative_error(mapped[1][0], mapped[1][1]) > 0.01
 
 
+@pytest.mark.full
 def test_inside_a_larger_checkpoint():
     params, x0, gamma = make_case(4, (3, 5))
 
@@ -444,6 +458,7 @@ def test_inside_a_larger_checkpoint():
     assert_grads_close(actual, grad("store", False, params["w"], x0), F32)
 
 
+@pytest.mark.full
 def test_with_donated_buffers():
     params, x0, gamma = make_case(4, (3, 5))
     w = params["w"]
@@ -461,6 +476,7 @@ def test_with_donated_buffers():
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.full
 def test_with_64_bit_mode_on():
     params, x0, gamma = make_case(4, (3, 5))
     params = used(params, "float32")
@@ -493,6 +509,7 @@ def test_under_strict_dtype_promotion(backprop, x0_dtype):
     assert np.any(ct_b) and ct_x0.dtype == x0_dtype
 
 
+@pytest.mark.full
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_sharded_over_the_batch_equals_unsharded():
     params, x0, gamma = make_case(6, (8, 5, 16))
@@ -517,6 +534,8 @@ def bad_block(params, x):
     return jnp.where(flag, params["bad"], jnp.tanh(x))
 
 
+@pytest.mark.claim("what is no number stays none")
+@pytest.mark.control("what is no number stays none")
 @pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**23, -(2.0**23)])
 def test_a_bad_block_output_makes_its_sample_nan_and_no_other(backprop, bad):
@@ -530,6 +549,7 @@ def test_a_bad_block_output_makes_its_sample_nan_and_no_other(backprop, bad):
     assert_same_bits(x_last[others], expected[others])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
 @pytest.mark.parametrize("with_gamma", [True, False])
 def test_a_state_that_grows_past_int32_is_nan(backprop, with_gamma):

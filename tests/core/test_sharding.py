@@ -59,12 +59,14 @@ def worst(tree, other):
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", ["4", "8"])
+@pytest.mark.claim("rebuild is exact")
+@pytest.mark.parametrize("name", [pytest.param("4", marks=pytest.mark.full), "8"])
 def test_every_state_is_rebuilt_exactly(name, x):
     audit = make_stack(MESHES[name]).audit(x)
     assert audit.exact and audit.elements * len(audit.mismatches) == B * T * D * (DEPTH - 1)
 
 
+@pytest.mark.full
 def test_in_bfloat16_too(x):
     assert make_stack(MESHES["8"], jnp.bfloat16).audit(x).exact
 
@@ -118,12 +120,16 @@ def test_a_mesh_that_cannot_be_is_refused():
         make_mesh(fsdp=4096)
 
 
+@pytest.mark.full
+@pytest.mark.claim("sharded equals unsharded")
 @pytest.mark.parametrize("name", ["4", "8"])
 def test_output_and_gradients_do_not_depend_on_the_mesh(name, results):
     """To rounding, so gamma and dropout are the same: 20 fractional bits make quanta as small."""
     assert worst(results[name], results["1"]) < 1e-5
 
 
+@pytest.mark.full
+@pytest.mark.control("sharded equals unsharded")
 def test_other_keys_would_be_noticed(x, results):
     y = nnx.jit(lambda stack, x: stack(x, rngs=nnx.Rngs(4)))(
         make_stack({}, frac_bits=20, dropout_rate=0.1), x
