@@ -18,7 +18,6 @@ from toy import (
 import bdia_jax as bdia
 from bdia_jax import FixedPoint
 
-
 full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 

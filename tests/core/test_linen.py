@@ -104,6 +104,7 @@ def test_consts_reach_the_blocks():
     assert relative_error(jax.tree.leaves(masked)[1], jax.tree.leaves(full)[1]) > 0.1
 
 
+@pytest.mark.full
 def test_the_masks_are_the_same_in_the_rebuild(optimized):
     # the stack's block as bdia_scan sees it: one key a block
     variables = init(BDIAStack(Dropout(), depth=9))

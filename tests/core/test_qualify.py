@@ -132,7 +132,7 @@ LAYERS = [pre_norm, post_norm, parallel, layer_scale, checkpointed_pair]
 
 @pytest.mark.parametrize(
     "layer",
-    [post_norm, *(pytest.param(l, marks=pytest.mark.full) for l in LAYERS if l != post_norm)],
+    [post_norm, *(pytest.param(it, marks=pytest.mark.full) for it in LAYERS if it != post_norm)],
 )
 def test_a_layer_that_adds_to_x_itself(layer):
     stack = make(lambda m, x: layer(m, x) - x)

@@ -142,7 +142,7 @@ def elementwise_block(params, x):
 
 @pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize(
-    "block_fn, shape", [(tanh_block, (8, 16, 13)), (elementwise_block, (16, 64, 13))]
+    "block_fn, shape", [full(tanh_block, (8, 16, 13)), (elementwise_block, (16, 64, 13))]
 )
 @pytest.mark.parametrize("magnitude", [2.0**11, 2.0**18])
 def test_states_of_any_magnitude_are_rebuilt(block_fn, shape, magnitude):
