@@ -14,6 +14,8 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+pytest_plugins = ["pytester", "tiers"]
+
 settings.register_profile("bdia", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bdia")
 

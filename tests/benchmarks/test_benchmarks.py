@@ -26,7 +26,7 @@ from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stac
 
 CASES = ("as_compiled", "off")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 @pytest.fixture(scope="module")

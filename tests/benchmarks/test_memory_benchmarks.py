@@ -16,7 +16,7 @@ from benchmarks.stack import TOY
 from configs import vit_cifar10
 from train.config import Config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def _load(out, name):

@@ -88,7 +88,7 @@ def test_the_rebuild_is_bit_equal_and_needs_the_side_bits(
     assert round_trip_mismatches(BLOCKS[kind], *case, fp, 0)[0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @settings(max_examples=5)
 @given(
     kind=st.sampled_from(sorted(BLOCKS)),

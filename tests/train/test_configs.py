@@ -13,7 +13,7 @@ from train.loop.train import train
 EXPERIMENTS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "common")
 )
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 def experiment(name):

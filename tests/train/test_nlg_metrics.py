@@ -161,7 +161,7 @@ def test_meteor_is_absent_without_java():
     assert "meteor" not in metrics.nlg_metrics(OUTPUTS, REFERENCES)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_meteor_is_its_authors(monkeypatch):
     monkeypatch.undo()
     if not has_meteor():

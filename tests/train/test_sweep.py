@@ -15,7 +15,7 @@ from train.report import Run, read_sweep, report, rows
 from train.report import main as report_main
 from train.sweep import load_experiment, sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 @pytest.fixture(scope="module")
