@@ -133,7 +133,7 @@ def audit(
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
 
-    unprobed = jax.jit(lambda operands: _backward(static, operands, probe=False))
+    unprobed = jax.jit(lambda operands: forward_and_back(static, operands, probe=False))
     x0_mismatches, *_ = unprobed(operands)
     seen = _run_probed(static, operands)
     exact = not (seen["mismatches"].any() or int(x0_mismatches))
@@ -168,13 +168,13 @@ def _suggest(max_drift: float, fixed_point: FixedPoint) -> int | None:
 
 
 def _run_probed(static: Static, operands: Operands) -> dict[str, np.ndarray]:
-    probed = jax.jit(lambda operands: _backward(static, operands, probe=True))
+    probed = jax.jit(lambda operands: forward_and_back(static, operands, probe=True))
     _, looked, _ = probed(operands)
     return {name: np.asarray(values)[1:] for name, values in looked.items()}  # block 0 undoes none
 
 
-def _backward(static: Static, operands: Operands, probe: bool):
-    """One forward and one backward pass of the loss |x_K|^2 / 2 + sum of aux.
+def forward_and_back(static: Static, operands: Operands, probe: bool):
+    """One forward and one backward pass, as training runs them, of the loss |x_K|^2 / 2 + sum of aux.
 
     Returns (wrong elements of x_0, what `compare` saw of each block, gradients). The last are
     returned so that nothing training computes is optimized away.

@@ -32,7 +32,7 @@ from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.scan import bdia_scan
 from bdia_jax.sharding import constrain
 
-__all__ = ["BDIAStack", "BranchedBlock", "stacked_params"]
+__all__ = ["BDIAStack", "BranchedBlock", "Stack", "stacked_params"]
 
 
 class BDIAStack(Stack):

@@ -154,9 +154,8 @@ def forward_scan(
         return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits))
 
     n0 = quantize(operands.x0, fixed_point)
-    inputs = (operands.params, operands.gamma)
-    (n_prev, n_last), (aux, packed) = jax.lax.scan(body, (n0, n0), inputs)
-    return Kept(n_prev, n_last, packed), aux
+    last, (aux, packed) = jax.lax.scan(body, (n0, n0), (operands.params, operands.gamma))
+    return Kept(*last, packed), aux
 
 
 # --- backward: every state is rebuilt on the way down ---------------------------------
@@ -199,14 +198,11 @@ def reverse_scan(
 ) -> tuple[Cotangents, jax.Array, Any]:
     """Rebuilds x_{K-1} .. x_0 and accumulates cotangents on the way.
 
-    Args:
-        static, operands, kept: as of `forward_scan`.
-        ct_x_last: of x_K. ct_aux: of aux [K, ...], `Leaves.diff` of each branch.
-        probe: (look, inputs [K, ...]): `look(inputs_k, n_prev, seen)` lets `audit` see every
-            rebuild as training compiles it; its results come back stacked.
+    `probe` is (look, inputs [K, ...]): `look(inputs_k, n_prev, seen)` lets `audit` see every
+    rebuild as training compiles it.
 
     Returns:
-        (cotangents of params, x0 and consts, the rebuilt n_0, what look returned or None).
+        (cotangents of params, x0 and consts, the rebuilt n_0, what look returned, stacked).
     """
     look, probe_inputs = probe or (None, None)
     batch = kept.n_last.shape[0]
@@ -236,8 +232,7 @@ def reverse_scan(
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
     )
     inputs = (operands.params, operands.gamma, kept.packed, ct_aux, probe_inputs)
-    carry, (ct_params, looked) = jax.lax.scan(body, init, inputs, reverse=True)
-    _, before, ct_consts = carry
+    (_, before, ct_consts), (ct_params, looked) = jax.lax.scan(body, init, inputs, reverse=True)
     return Cotangents(ct_params, before.ct, ct_consts), before.n, looked
 
 
@@ -287,8 +282,7 @@ def _reversible_fwd(static: Static, operands: Operands):
 
 
 def _reversible_bwd(static: Static, residuals, cotangents):
-    operands, kept = residuals
-    ct_x_last, ct_aux = cotangents
+    (operands, kept), (ct_x_last, ct_aux) = residuals, cotangents
     gradients, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
     ct_params, ct_x0, ct_consts = _first_order(gradients)
     ct_x0 = ct_x0.astype(operands.x0.dtype)

@@ -41,8 +41,8 @@ from flax import nnx  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from bdia_jax import sample_gamma  # noqa: E402
-from bdia_jax._call import prepare  # noqa: E402
-from bdia_jax.audit import _backward  # noqa: E402
+from bdia_jax.scan import prepare  # noqa: E402
+from bdia_jax.audit import forward_and_back  # noqa: E402
 from bdia_jax.nnx import BDIAStack  # noqa: E402
 from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding  # noqa: E402
 from benchmarks import record  # noqa: E402
@@ -136,7 +136,7 @@ class Soak:
         options = {"fixed_point": self.setting.fixed_point, "backprop": "reversible"}
         options |= {"has_aux": True} | whole | self.chunks
         call = prepare(self.block_fn, params, x0, gamma, (), **options)
-        return _backward(call.static, call.operands, probe)
+        return forward_and_back(call.static, call.operands, probe)
 
 
 compiled = cache(Soak)
