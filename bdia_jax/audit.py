@@ -174,7 +174,7 @@ def _run_probed(static: Static, operands: Operands) -> dict[str, np.ndarray]:
 
 
 def forward_and_back(static: Static, operands: Operands, probe: bool):
-    """One forward and one backward pass, as training runs them, of the loss |x_K|^2 / 2 + sum of aux.
+    """Forward and backward pass of the loss |x_K|^2 / 2 + sum of aux, as training runs them.
 
     Returns (wrong elements of x_0, what `compare` saw of each block, gradients). The last are
     returned so that nothing training computes is optimized away.

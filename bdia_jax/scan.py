@@ -96,8 +96,7 @@ def bdia_scan(
     """
     chunks = {"batch_chunks": batch_chunks, "token_chunks": token_chunks, "per_sample": per_sample}
     options = {"fixed_point": fixed_point, "backprop": backprop, "has_aux": has_aux, **chunks}
-    call = prepare(block_fn, params, x0, gamma, consts, **options)
-    static, operands = call.static, call.operands
+    static, operands, gamma_is_valid = prepare(block_fn, params, x0, gamma, consts, **options)
     if backprop == "reversible":
         try:
             result: Any = _reversible(static, operands)
@@ -109,11 +108,10 @@ def bdia_scan(
                 "use backprop='store' for it"
             ) from error
     else:
-        remat = backprop == "remat"
-        result = autodiff_scan(static.block, fixed_point, *operands, remat=remat)
+        result = autodiff_scan(static.block, fixed_point, *operands, remat=backprop == "remat")
     x_last, aux = result
-    if call.gamma_is_valid is not True:
-        x_last = jnp.where(call.gamma_is_valid, x_last, jnp.float32(jnp.nan))
+    if gamma_is_valid is not True:
+        x_last = jnp.where(gamma_is_valid, x_last, jnp.float32(jnp.nan))
     return (x_last, static.merge_aux(*aux)) if has_aux else x_last
 
 
@@ -123,8 +121,7 @@ def bdia_scan(
 class Kept(NamedTuple):
     """What the forward pass hands the backward pass of K blocks, beside params and consts.
 
-    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...], the side bits;
-    None at inference.
+    n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...] side bits or None.
     """
 
     n_prev: jax.Array

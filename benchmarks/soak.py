@@ -41,9 +41,9 @@ from flax import nnx  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from bdia_jax import sample_gamma  # noqa: E402
-from bdia_jax.scan import prepare  # noqa: E402
 from bdia_jax.audit import forward_and_back  # noqa: E402
 from bdia_jax.nnx import BDIAStack  # noqa: E402
+from bdia_jax.scan import prepare  # noqa: E402
 from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding  # noqa: E402
 from benchmarks import record  # noqa: E402
 from benchmarks.soak_settings import (  # noqa: E402
