@@ -1,5 +1,6 @@
-"""The rule of claims and controls, and which tests run when."""
+"""Which tests run when, the rule of claims and controls, and what is said of the time."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import tiers
 from tiers import Pairing, unpaired
 
 
-def claim(name="exact", is_full=False):
-    return Pairing("claim", name, f"test_{name}", is_full)
+def claim(name="exact", tier="quick"):
+    return Pairing("claim", name, f"test_{name}_{tier}", tier)
 
 
-def control(name="exact", is_full=False):
-    return Pairing("control", name, f"test_not_{name}", is_full)
+def control(name="exact", tier="quick"):
+    return Pairing("control", name, f"test_not_{name}_{tier}", tier)
 
 
 @pytest.mark.parametrize(
@@ -20,25 +21,33 @@ def control(name="exact", is_full=False):
     [
         [],
         [claim(), control()],
-        [claim(is_full=True), control()],
-        [claim(is_full=True), control(is_full=True)],
-        [claim(), claim(is_full=True), control(), control(is_full=True)],
+        [claim(tier="full"), control()],
+        [claim(tier="full"), control(tier="full")],
+        [claim(), claim(tier="full"), control(), control(tier="full")],
+        [claim(tier="gpu"), control(tier="full")],
     ],
 )
-def test_pairs_that_are_right(pairs):
+def test_claims_with_a_control_as_fast_are_right(pairs):
     assert unpaired(pairs) == []
 
 
 @pytest.mark.parametrize(
     ("pairs", "told"),
     [
-        ([claim()], "test_exact claims 'exact', which has no control"),
-        ([control()], "test_not_exact is the control of 'exact', which no test claims"),
-        ([claim(), control(is_full=True)], "test_exact claims 'exact', whose control is in the"),
-        ([claim("exakt"), claim(), control()], "claims 'exakt', which has no control"),
+        ([claim()], "test_exact_quick claims 'exact', which has no control"),
+        ([control()], "test_not_exact_quick is the control of 'exact', which no test claims"),
+        ([claim("exakt"), claim(), control()], "test_exakt_quick claims 'exakt', which has no"),
+        (
+            [claim(tier="full"), claim(), control(tier="full")],
+            "control, test_not_exact_full, is full",
+        ),
+        (
+            [claim(tier="full"), control(tier="gpu")],
+            "control, test_not_exact_gpu, is gpu",
+        ),
     ],
 )
-def test_pairs_that_are_wrong(pairs, told):
+def test_other_claims_and_controls_are_told(pairs, told):
     (line,) = unpaired(pairs)
     assert told in line
 
@@ -49,31 +58,80 @@ import pytest
 def test_quick(): pass
 
 @pytest.mark.full
+@pytest.mark.parametrize("n", [1, 2])
+def test_long(n): sum(range(10_000_000))
+
+@pytest.mark.full
 @pytest.mark.claim("exact")
-def test_slow(): pass
+def test_longer(): pass
+
+@pytest.mark.gpu
+def test_gpu(): pass
 """
+CONTROL = "import pytest\n@pytest.mark.control('exact')\ndef test_control(): pass"
 
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """A suite of two tests, one of them full and a claim without a control."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(tiers.__file__).parent))
+    """A small suite whose one claim has its control."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     pytester.makeconftest('pytest_plugins = ["tiers"]')
-    pytester.makeini("[pytest]\ntestpaths = .\n")
-    pytester.makepyfile(test_one=TESTS)
-    return lambda *args: pytester.runpytest_subprocess("-p", "no:cacheprovider", *args)
+    pytester.makeini("[pytest]\ntestpaths = .\naddopts = -m 'not gpu' -p no:cacheprovider")
+    pytester.makepyfile(test_one=TESTS, test_two=CONTROL)
+    return pytester
 
 
-def test_full_tests_wait_for_their_flag_or_their_name(suite):
-    suite("test_one.py").assert_outcomes(passed=1, deselected=1)
-    suite("test_one.py", "--full").assert_outcomes(passed=2)
-    suite("test_one.py::test_slow").assert_outcomes(passed=1)
+@pytest.mark.parametrize(
+    ("args", "passed"),
+    [
+        ([], 2),
+        (["--full"], 5),
+        (["--full", "-m", "full and not gpu"], 3),
+        (["-m", "gpu"], 1),
+        (["test_one.py"], 1),
+        (["test_one.py::test_longer"], 1),
+        (["test_one.py::test_long"], 2),
+        (["test_one.py::test_long[2]", "test_two.py"], 2),
+        (["test_two.py", "test_one.py::test_quick"], 2),
+    ],
+)
+def test_full_tests_wait_for_their_flag_or_their_name(suite, args, passed):
+    result = suite.runpytest_inprocess(*args)
+    assert result.ret == 0 and result.parseoutcomes()["passed"] == passed
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
-def test_the_whole_suite_is_not_run_with_a_claim_that_has_no_control(suite, pytester, workers):
-    result = suite(*workers)
-    assert result.ret != 0
-    assert "claims 'exact', which has no control" in str(result.stdout)
-    pytester.makepyfile(test_two=TESTS.replace("claim", "control"))
-    suite(*workers, "--full").assert_outcomes(passed=4)
+@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.full)])
+def test_a_claim_without_its_control_ends_the_whole_suites_collection(suite, workers):
+    run = suite.runpytest_subprocess if workers else suite.runpytest_inprocess
+    suite.path.joinpath("test_two.py").write_text("def test_other(): pass")
+    result = run(*workers)
+    told = "test_one.py::test_longer claims 'exact', which has no control"
+    assert result.ret != 0 and result.stdout.str().count(told) == 1
+    # a part does not show what is missing
+    assert run("test_one.py", *workers).ret == 0
+    assert run("-k", "quick", *workers).ret == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_the_time_is_told_and_an_exceeded_budget_does_not_fail(suite, workers):
+    suite.makeconftest('import tiers\ntiers.BUDGETS["full"] = 0\npytest_plugins = ["tiers"]')
+    result = suite.runpytest_subprocess("--full", *workers)
+    assert result.ret == 0
+    (at,) = (i for i, line in enumerate(result.outlines) if line.startswith("full tier: 5 tests,"))
+    listed = [line.rpartition(" ")[2] for line in result.outlines[at + 2 : at + 7]]
+    assert {"test_one.py::test_long[1]", "test_one.py::test_long[2]"} == set(listed[:2])
+
+
+def test_durations_of_all_tests_are_kept_and_no_fewer(suite, monkeypatch):
+    kept = suite.path / "durations.json"
+    monkeypatch.setattr(tiers, "DURATIONS", kept)
+    monkeypatch.setattr(tiers, "_LEAST", 0)
+    assert suite.runpytest_inprocess("--full", "--write-durations").ret == 0
+    found = json.loads(kept.read_text())
+    assert {file: len(tests) for file, tests in found.items()} == {
+        "test_one.py": 4,
+        "test_two.py": 1,
+    }
+    part = suite.runpytest_inprocess("--write-durations")
+    assert part.ret == pytest.ExitCode.USAGE_ERROR and "add --full" in part.stderr.str()

@@ -10,51 +10,46 @@ import json
 import resource
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-BUDGETS = {"quick": 600, "full": 2400}  # CPU seconds
+BUDGETS = {"quick": 600, "full": 2400}  # CPU seconds; a tier has the tests of those before it
 DURATIONS = Path(__file__).parent / "durations.json"
-_SLOWEST = 15
+_TIERS = ("quick", "full", "gpu")  # fastest first
+_LEAST, _LISTED = 0.5, 15  # seconds worth to be kept; tests named when a budget is exceeded
 
 
 class Pairing(NamedTuple):
-    """kind: "claim" or "control"; name: of the claim; test: its node id; is_full: its tier."""
+    """kind: "claim" or "control"; name: of the claim; test: its node id; tier: the test's."""
 
     kind: str
     name: str
     test: str
-    is_full: bool
+    tier: str
 
 
 def unpaired(pairings: Iterable[Pairing]) -> list[str]:
     """What is wrong with them, a line each: claims without a control as fast, and the reverse."""
-    pairings = list(pairings)
+    fastest_first = sorted(pairings, key=lambda each: _TIERS.index(each.tier))
     found = []
-    for name in sorted({each.name for each in pairings}):
+    for name in sorted({each.name for each in fastest_first}):
         claims, controls = (
-            [each for each in pairings if (each.kind, each.name) == (kind, name)]
+            [each for each in fastest_first if (each.kind, each.name) == (kind, name)]
             for kind in ("claim", "control")
         )
         if not claims:
             found.append(f"{controls[0].test} is the control of {name!r}, which no test claims")
         elif not controls:
             found.append(f"{claims[0].test} claims {name!r}, which has no control")
-        elif all(each.is_full for each in controls) and not all(each.is_full for each in claims):
-            quick = next(each.test for each in claims if not each.is_full)
-            found.append(f"{quick} claims {name!r}, whose control is in the full tier only")
+        elif _TIERS.index(controls[0].tier) > _TIERS.index(claims[0].tier):
+            fastest = f"its fastest control, {controls[0].test}, is {controls[0].tier}"
+            found.append(f"{claims[0].test} claims {name!r} and is {claims[0].tier}; {fastest}")
     return found
 
 
-def pairings(item: Any) -> list[Pairing]:
-    """Those of one test."""
-    is_full = item.get_closest_marker("full") is not None
-    return [
-        Pairing(mark.name, mark.args[0], item.nodeid, is_full)
-        for mark in item.iter_markers()
-        if mark.name in ("claim", "control")
-    ]
+def _tier(item: pytest.Item) -> str:
+    return next((tier for tier in ("gpu", "full") if item.get_closest_marker(tier)), "quick")
 
 
 # --- choosing ----------------------------------------------------------------------------
@@ -62,9 +57,7 @@ def pairings(item: Any) -> list[Pairing]:
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the full tier, not the quick one alone")
-    parser.addoption(
-        "--write-durations", action="store_true", help=f"write {DURATIONS.name} after --full"
-    )
+    parser.addoption("--write-durations", action="store_true", help=f"keep in {DURATIONS.name}")
 
 
 def pytest_configure(config):
@@ -75,44 +68,62 @@ def pytest_configure(config):
         "control(name): shows that the test of this claim can fail",
     ):
         config.addinivalue_line("markers", mark)
+    if config.getoption("--write-durations") and not config.getoption("--full"):
+        raise pytest.UsageError("--write-durations keeps those of all tests: add --full")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
-    node.workerinput["is_whole_suite"] = _is_whole_suite(node.config)
+    node.workerinput["collects_all"] = _collects_all(node.config)
 
 
-def _is_whole_suite(config) -> bool:
-    if hasattr(config, "workerinput"):
-        return config.workerinput["is_whole_suite"]
-    return config.args_source == config.ArgsSource.TESTPATHS
+def _collects_all(config) -> bool:
+    if hasattr(config, "workerinput"):  # a worker of xdist is given the paths as if typed
+        return config.workerinput["collects_all"]
+    partly = ("keyword", "deselect", "ignore", "ignore_glob", "lf")
+    from_testpaths = config.args_source == config.ArgsSource.TESTPATHS
+    return from_testpaths and not any(config.getoption(name, None) for name in partly)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k and -m take tests away
+@pytest.hookimpl(tryfirst=True)  # before -m takes tests away
 def pytest_collection_modifyitems(config, items):
-    if _is_whole_suite(config):
-        wrong = unpaired(each for item in items for each in pairings(item))
+    if _collects_all(config):
+        wrong = unpaired(
+            Pairing(mark.name, mark.args[0], item.nodeid, _tier(item))
+            for item in items
+            for mark in item.iter_markers()
+            if mark.name in ("claim", "control")
+        )
         if wrong:
-            text = "claims need a control in their own or a faster tier:\n  " + "\n  ".join(wrong)
-            report = pytest.CollectReport("claims and controls", "failed", text, [])
-            config.hook.pytest_collectreport(report=report)  # an exception would be lost by xdist
+            text = "a claim needs a control in its own or a faster tier; mark it control(name):\n  "
+            # as a report: workers lose exceptions, and the same report is printed once
+            report = pytest.CollectReport("claims", "failed", text + "\n  ".join(wrong), [])
+            config.hook.pytest_collectreport(report=report)
     if config.getoption("--full"):
         return
-    named = [arg.split("[")[0] for arg in config.args if "::" in arg]
     chosen, left_out = [], []
     for item in items:
-        waits = item.get_closest_marker("full") and not item.get_closest_marker("gpu")
-        is_named = any(arg.split("::", 1)[1] in item.nodeid for arg in named)
-        (left_out if waits and not is_named else chosen).append(item)
-    items[:] = chosen
+        waits = _tier(item) == "full" and not _is_named(item, config)
+        (left_out if waits else chosen).append(item)
     if left_out:
+        items[:] = chosen
         config.hook.pytest_deselected(items=left_out)
+
+
+def _is_named(item, config) -> bool:
+    in_file = item.nodeid.partition("::")[2]
+    return any(
+        (config.invocation_params.dir / path).resolve() == item.path
+        and f"{in_file}[".startswith((f"{name}[", f"{name}::"))
+        for path, _, name in (arg.partition("::") for arg in config.args if "::" in arg)
+    )
 
 
 # --- CPU time ----------------------------------------------------------------------------
 
 
 def _cpu_seconds() -> float:
+    """Of this process and of the children that it has waited for."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -125,39 +136,35 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call):
     if call.when == "teardown":
-        spent = _cpu_seconds() - item.cpu_seconds_before
-        item.user_properties.append(("cpu_seconds", spent))
+        item.user_properties.append(("cpu_seconds", _cpu_seconds() - item.cpu_seconds_before))
 
 
-class Durations:
-    """Collects the CPU seconds of all tests, of all workers, and says what they come to."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    def pytest_runtest_logreport(self, report):
-        properties = dict(report.user_properties)
-        if report.when == "teardown" and "cpu_seconds" in properties:
-            self.seconds[report.nodeid] = properties["cpu_seconds"]
-
-    def pytest_terminal_summary(self, terminalreporter, config):
-        if not self.seconds or not _is_whole_suite(config):
-            return
-        tier = "full" if config.getoption("--full") else "quick"
-        total, budget = sum(self.seconds.values()), BUDGETS[tier]
-        write = terminalreporter.write_line
-        write(f"{tier} tier: {len(self.seconds)} tests, {total:.0f} CPU seconds of {budget}")
-        if total > budget:
-            known = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
-            write("over budget; the tests that cost most, and what they did when last written:")
-            for test in sorted(self.seconds, key=lambda test: -self.seconds[test])[:_SLOWEST]:
-                before = known.get(test, "below 0.5")
-                write(f"  {self.seconds[test]:6.1f} s, was {before} s: {test}")
-        if config.getoption("--write-durations"):
-            kept = {test: round(s, 1) for test, s in sorted(self.seconds.items()) if s >= 0.5}
-            DURATIONS.write_text(json.dumps(kept, indent=0) + "\n")
-
-
-def pytest_sessionstart(session):
-    if not hasattr(session.config, "workerinput"):
-        session.config.pluginmanager.register(Durations())
+def pytest_terminal_summary(terminalreporter, config):
+    seconds = {
+        report.nodeid: value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if report.when == "teardown" and name == "cpu_seconds"
+    }
+    if not seconds or not _collects_all(config):
+        return
+    tier = "full" if config.getoption("--full") else "quick"
+    total = _cpu_seconds()  # workers have ended by now, and are children that were waited for
+    terminalreporter.write_line(
+        f"{tier} tier: {len(seconds)} tests, {total:.0f} CPU seconds of {BUDGETS[tier]}"
+        f" ({total - sum(seconds.values()):.0f} outside tests)"
+    )
+    if total > BUDGETS[tier]:
+        known = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+        terminalreporter.write_line("over its budget; the tests that cost most:")
+        for test in sorted(seconds, key=lambda test: -seconds[test])[:_LISTED]:
+            file, _, name = test.partition("::")
+            was = known.get(file, {}).get(name, f"< {_LEAST}")
+            terminalreporter.write_line(f"  was {was} s, now {seconds[test]:.1f} s: {test}")
+    if config.getoption("--write-durations"):
+        kept: dict[str, dict[str, float]] = {}
+        for test in sorted(test for test in seconds if seconds[test] >= _LEAST):
+            file, _, name = test.partition("::")
+            kept.setdefault(file, {})[name] = round(seconds[test], 1)
+        DURATIONS.write_text(json.dumps(kept, indent=1) + "\n")
