@@ -8,32 +8,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Lowest first. A module may import those of its own line and below; "" is the package itself.
-LIBRARY = """
-    fixed_point
-    recurrence _checks _rounding
-    _block _parts _autodiff _call
-    scan memory losses optim
-    audit
-    _flax _stack sharding
-    nnx linen
-    "" baselines models
-    lora text
-    interop
-"""
-TRAIN = """
-    "" config cli
-    datasets
-    data
-    devices
-    tasks
-    run
-    loop
-    inference
-    plan
-    sweep
-    __main__ report prepare launch generate evaluate export
-"""
+# Lowest first. A module may import its own layer, as long as there is no circle, and those below.
+LIBRARY = [
+    ["fixed_point"],
+    ["recurrence", "_checks", "_rounding"],
+    ["_block", "_parts", "_autodiff", "_call"],
+    ["scan", "memory", "losses", "optim"],
+    ["audit"],
+    ["_flax", "_stack", "sharding"],
+    ["nnx", "linen"],
+    ["", "baselines", "models"],
+    ["lora", "text"],
+    ["interop"],
+]
+TRAIN = [
+    ["", "config", "cli"],
+    ["datasets"],
+    ["data"],
+    ["devices"],
+    ["tasks"],
+    ["run"],
+    ["loop"],
+    ["inference"],
+    ["plan"],
+    ["sweep"],
+    ["__main__", "report", "prepare", "launch", "generate", "evaluate", "export"],
+]
 MAY_IMPORT = {
     "bdia_jax": {"bdia_jax"},
     "train": {"train", "bdia_jax"},
@@ -44,10 +44,10 @@ MAY_IMPORT = {
 LINES = 300
 REASON = "over 300 lines because"  # in the docstring of a file that is
 LAYERS = {
-    f"{top}.{room}".removesuffix('.""'): layer
-    for top, table in {"bdia_jax": LIBRARY, "train": TRAIN}.items()
-    for layer, line in enumerate(table.split("\n"))
-    for room in line.split()
+    f"{top}.{room}".removesuffix("."): layer
+    for top, layers in {"bdia_jax": LIBRARY, "train": TRAIN}.items()
+    for layer, rooms in enumerate(layers)
+    for room in rooms
 }
 
 
