@@ -12,6 +12,7 @@ from bdia_jax.models.vit import ViT
 from benchmarks.stack import Maker, Shape
 from configs import vit_digits
 from train.config import Config
+from train.tasks import open_config
 from train.tasks.images import Images, make_task
 from train.tasks.task import Task
 
@@ -59,7 +60,7 @@ def make_config(size: Size) -> Config:
     config.update({"schedule": "constant", "learning_rate": 0.0032 / size.width})
     config.update({"warmup_steps": min(10, size.steps - 1), "num_steps": size.steps})
     config.update({"batch_size": size.batch, "batch_chunks": size.parts})
-    return Config.from_config_dict(config.lock())
+    return open_config(config.lock())
 
 
 def digits_task(config: Config, make_stack: Maker, *, scaled: bool = True) -> Task:

@@ -14,9 +14,8 @@ from bdia_jax import memory_report
 from benchmarks import record
 from benchmarks.stack import MIB
 from configs import common, gpt2_e2e
-from train.config import Config
 from train.loop.program import compile_steps, make_program
-from train.loop.train import load_task
+from train.tasks import load_task, open_config
 from train.tasks.causal_lm import make_causal_lm
 
 # row: (run of the config, changes of it)
@@ -38,9 +37,9 @@ def measure(run: str, changes: dict[str, Any], vocab_size: int = _VOCAB_SIZE) ->
     values = gpt2_e2e.get_config(run)
     values.update({"dataset": "restaurants", "input": {"tokenizer": "bytes"}} | changes)
     values.update({"model": {"dtype": "float32"}})
-    config = Config.from_config_dict(values)
+    config = open_config(values)
     task = load_task(config)  # its byte ids are stand-ins for GPT-2's
-    task = task._replace(make_model=make_causal_lm(config, vocab_size, config.input.length))  # pyright: ignore
+    task = task._replace(make_model=make_causal_lm(config, vocab_size, config.input.length))
     program = make_program(config, task)
     memory = memory_report(compile_steps(program))
     data = sum(array.nbytes for array in jax.tree.leaves(task.train_groups))

@@ -35,8 +35,8 @@ from train import cli, evaluate, export, generate, paper, prepare, report
 from train.config import Config
 from train.datasets.registry import open_split
 from train.loop.program import check_fits, lower_steps, make_program
-from train.loop.train import load_task
 from train.run.workdir import holds_run, open_workdir, read_config
+from train.tasks import load_task, open_config
 
 _HERE = Path(__file__).parent.parent
 _SECONDS = 60  # more for one case is a failure, too
@@ -80,7 +80,7 @@ def _run(case: Case, arguments: list[str], scratch: Path, train: Callable[..., A
     name = case.program
     if name == "config":
         with cli.told():
-            Config.from_config_dict(ConfigDict(case.values))
+            open_config(ConfigDict(case.values))
     elif name == "config.json":
         (scratch / "damaged" / "config.json").write_bytes(case.values)
         with cli.told():
@@ -212,7 +212,7 @@ def make_scratch(folder: Path) -> Path:
     (folder / "damaged" / "config.json").write_text('{"seed": ')
     (folder / "sweep" / "experiment.json").write_text('{"config": 3}')
     experiment = import_module("configs.vit_digits").get_config("smoke")
-    open_workdir(str(folder / "workdir"), Config.from_config_dict(experiment))
+    open_workdir(str(folder / "workdir"), open_config(experiment))
     return folder
 
 

@@ -25,8 +25,9 @@ from configs import vit_digits
 from train.config import Config
 from train.loop.log import read_records
 from train.loop.program import make_program
-from train.loop.train import load_task, train
+from train.loop.train import train
 from train.run.checkpoint import Checkpoints
+from train.tasks import load_task, open_config
 
 TMP = ".orbax-checkpoint-tmp"
 
@@ -36,7 +37,7 @@ def make_config(data_dir: str, arg: str = "smoke", num_steps: int = 24) -> Confi
     config = vit_digits.get_config(arg).unlock()
     config.update({"data_dir": data_dir, "num_steps": num_steps})
     config.update({"log_every_steps": 1, "eval_every_steps": 4, "checkpoint_every_steps": 1})
-    return Config.from_config_dict(config.lock())
+    return open_config(config.lock())
 
 
 class Runs:

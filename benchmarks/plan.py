@@ -30,7 +30,7 @@ from train.config import Config
 from train.loop.program import compile_steps, lower_steps, make_program
 from train.plan.compare import first_depth, make_plans
 from train.plan.estimate import Plan, make_plan
-from train.plan.task import abstract_task, image_task, text_task
+from train.tasks import abstract_task, images, open_config
 from train.tasks.task import Task
 
 MESHES: dict[str, dict[str, int]] = {
@@ -72,14 +72,19 @@ def gpt2(mesh: dict[str, int], backprop: str, **sizes: int) -> tuple[Config, Tas
     shape = {"batch": 32, "length": 256, "width": 512, "depth": 12, "vocab": 8192} | sizes
     values.update(
         {
-            "input": {"length": shape["length"], "isolate_documents": False},
+            "input": {
+                "tokenizer": "bpe",
+                "vocab_size": shape["vocab"],
+                "length": shape["length"],
+                "isolate_documents": False,
+            },
             "model": {"width": shape["width"], "depth": shape["depth"], "dtype": "float32"},
             **{"batch_size": shape["batch"], "mesh": mesh, "backprop": backprop},
         }
     )
     values.update({"model": {"num_heads": 8, "mlp_dim": 4 * shape["width"]}})
-    config = Config.from_config_dict(values)
-    return config, text_task(config, config.input, shape["vocab"])  # pyright: ignore
+    config = open_config(values)
+    return config, abstract_task(config)
 
 
 def vit(mesh: dict[str, int], backprop: str, **sizes: int) -> tuple[Config, Task]:
@@ -95,8 +100,8 @@ def vit(mesh: dict[str, int], backprop: str, **sizes: int) -> tuple[Config, Task
         }
     )
     values.update({"model": {"mlp_dim": 4 * shape["width"]}})
-    config = Config.from_config_dict(values)
-    return config, image_task(config, (32, 32, 3), 10)
+    config = open_config(values)
+    return config, images.of_shape(config, (32, 32, 3), 10)
 
 
 def compare(config: Config, task: Task, *, default: bool = True) -> dict[str, Any]:
@@ -133,7 +138,7 @@ def llama_config(name: str, mesh: dict[str, int], per_group: int, folder: Path) 
     groups = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp"))
     values.update({"input": tokens, "mesh": mesh, "init_from": str(folder)})
     values.update({"batch_size": per_group * groups})
-    return Config.from_config_dict(values)
+    return open_config(values)
 
 
 def plan_llama(name: str, mesh: dict[str, int], gigabytes: int) -> dict[str, Any]:

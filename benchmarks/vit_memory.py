@@ -19,7 +19,7 @@ from benchmarks.stack import MIB
 from configs import common, vit_cifar10
 from train.config import Config
 from train.loop.program import compile_steps, make_program
-from train.model_config import ViTConfig
+from train.tasks import open_config
 from train.tasks.images import Images, make_task
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}
@@ -45,7 +45,7 @@ def measure(run: str, changes: dict) -> dict[str, int]:
     """
     values = vit_cifar10.get_config(run)
     values.update(changes)
-    config = Config.from_config_dict(values)
+    config = open_config(values)
     batch = config.batch_size
     images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
     task = make_task(config, images, images, num_classes=10)
@@ -71,7 +71,6 @@ def side_bytes(config: Config) -> int:
     """K times the packed bits of one state [B, T, D], 0 where nothing is packed."""
     if config.stack != "bdia" or config.backprop != "reversible":
         return 0
-    assert isinstance(config.model, ViTConfig)
     tokens = (32 // config.model.patch_size) ** 2 + 1
     bits = round(-math.log2(config.gamma)) + config.guard_bits
     return config.model.depth * config.batch_size * tokens * config.model.width * bits // 8

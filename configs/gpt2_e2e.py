@@ -71,6 +71,7 @@ SCALES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
+    config.task = "data_to_text"
     config.dataset = "e2e"
     config.eval_split = "test"
     config.input = {

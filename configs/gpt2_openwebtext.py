@@ -59,6 +59,7 @@ SCALES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
+    config.task = "language"
     config.dataset = "openwebtext_sample"
     config.input = {
         **{"tokenizer": "gpt2", "vocab_size": 0, "length": 1024},

@@ -51,6 +51,7 @@ SCALES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
+    config.task = "translation"
     config.dataset = "kaggle_enfr"
     config.input = {
         **{"vocab_size": 8_000, "boundaries": (8, 16, 32, 64)},

@@ -43,6 +43,7 @@ SCALES = {
 def base() -> ConfigDict:
     """The paper's image classification run, unlocked, for every experiment on CIFAR-10."""
     config = common.defaults()
+    config.task = "images"
     config.dataset = "cifar10"
     config.eval_split = "test"
     config.input = {

@@ -31,6 +31,7 @@ SCALES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
+    config.task = "images"
     config.dataset = "digits"
     config.input = {
         **{"rand_augment_ops": 0, "rand_augment_magnitude": 0},

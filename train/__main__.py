@@ -7,9 +7,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from train import cli
-from train.config import Config
 from train.devices.processes import is_first, join
 from train.loop.train import memory_line, train
+from train.tasks import open_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, for example configs/vit_digits.py or configs/x.py:smoke."
@@ -30,7 +30,7 @@ def main(argv):
         raise ValueError(f"unexpected arguments {argv[1:]}; options look like --config.seed=1")
     logging.set_verbosity(logging.FATAL)  # TFDS and Orbax tell every step, and errors twice
     join(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    config = Config.from_config_dict(_CONFIG.value)
+    config = open_config(_CONFIG.value)
     train(config, _WORKDIR.value, shlex.join(["python", "-m", "train", *sys.argv[1:]]))
     if config.backprop == "reversible" and is_first():
         print(memory_line(config, _WORKDIR.value))

@@ -1,139 +1,265 @@
-"""The frozen form of an experiment's config, checked once at the door."""
+"""The frozen form of an experiment's config, checked once at the door (`train.tasks.open_config`).
+
+What a field may be stands beside it. What depends on other fields is checked by the class that
+knows: `Config`, the input of a task, or the model.
+"""
 
 import dataclasses
 import math
 from functools import partial
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import jax.numpy as jnp
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
-from train.devices.mesh import MeshConfig
-from train.inputs import DataToTextInput, ImageInput, PairInput, TextInput
-from train.model_config import (
-    GPT2Config,
-    LoRAConfig,
-    PretrainedConfig,
-    ResNetConfig,
-    TransformerConfig,
-    ViTConfig,
-)
+
+# Kinds of fields. Numbers have to fit into the device's int32 and float32.
+Int = Annotated[int, Field(ge=1 - 2**31, le=2**31 - 1)]
+Count = Annotated[Int, Field(ge=1)]
+Amount = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
+Positive = Annotated[Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-# Which model and inputs belong to which `config.model.name`; the input tells the task.
-_MODELS: dict[str, tuple[type, tuple[type, ...]]] = {
-    "vit": (ViTConfig, (ImageInput,)),
-    "resnet": (ResNetConfig, (ImageInput,)),
-    "gpt2": (GPT2Config, (TextInput, DataToTextInput)),
-    "transformer": (TransformerConfig, (PairInput,)),
-    "pretrained": (PretrainedConfig, (TextInput, DataToTextInput, ImageInput)),
-}
-_RANGES = {
-    **dict.fromkeys(("num_seeds", "batch_size", "num_steps", "log_every_steps"), (1, math.inf)),
-    **dict.fromkeys(("eval_every_steps", "checkpoint_every_steps", "keep_last"), (1, math.inf)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip_norm", "keep_best"), (0, math.inf)),
-    **dict.fromkeys(("gamma", "b2", "model.dropout_rate"), (0, 1)),
-    **dict.fromkeys(("model.width", "model.depth", "model.num_heads"), (1, math.inf)),
-    **dict.fromkeys(("model.encoder_depth", "model.decoder_depth"), (1, math.inf)),
-    **dict.fromkeys(("model.mlp_dim", "model.patch_size", "input.beam_size"), (1, math.inf)),
-    **dict.fromkeys(("input.rand_augment_ops", "input.crop_padding"), (0, 1000)),
-    **dict.fromkeys(("model.linformer_dim", "input.eval_translations"), (0, math.inf)),
-    **dict.fromkeys(("batch_chunks", "token_chunks"), (1, math.inf)),
-    **dict.fromkeys(("input.length_penalty", "input.no_repeat_ngram"), (0, math.inf)),
-    **dict.fromkeys(("input.eval_generations", "lora.rank", "lora.alpha"), (0, math.inf)),
-    **dict.fromkeys(("input.label_smoothing", "lora.dropout_rate"), (0, 0.99)),
-    "guard_bits": (-1, 7),
-    "input.rand_augment_magnitude": (0, 30),
-    "input.length": (4, math.inf),  # samples are continued from a quarter of it
-}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
 
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "True or False",
+    "tuple_type": "several, as in '(1, 2)'",
+    "literal_error": "one of {expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    **dict.fromkeys(
+        ("string_type", "string_unicode", "string_pattern_mismatch"), "text, without zero bytes"
+    ),
+}
 
-@dataclasses.dataclass(frozen=True)
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False, field_specifiers=(Field,))
+def checked(cls: _Class) -> _Class:
+    """A frozen dataclass whose values have to be of its annotations (pydantic's, strictly).
+
+    An int stands for a float, too, and a list for a tuple marked `LIST`. A class says by `group`
+    where a config has its fields. What is wrong is a ValueError, each in a few words.
+    """
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    made: Any = dataclass(cls, frozen=True, config=rules)
+    init = made.__init__
+
+    def __init__(self, *args, **kwargs):
+        try:
+            return init(self, *args, **kwargs)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+        prefix = f"{cls.group}." if cls.group else ""
+        raise ValueError("; ".join(_described(prefix, each) for each in problems))
+
+    made.__init__ = __init__
+    return made
+
+
+def _described(prefix: str, problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    name = prefix + ".".join(map(str, problem["loc"]))
+    if kind == "missing":
+        return f"no field {name}"
+    if kind == "unexpected_keyword_argument":
+        return f"unknown field {name}"
+    expected = (_EXPECTED.get(kind) or problem["msg"]).format(**context)
+    return f"{name} is {short(problem['input'])}, expected {expected}"
+
+
+def short(value: Any) -> str:
+    """repr(value), cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an int of thousands of digits
+        return f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+class Input:
+    """`config.input`, what a config says of the data: each task has a class of its own."""
+
+    group: ClassVar[str] = "input"
+
+    @property
+    def tokenizer_name(self) -> str:
+        """As `train.data.tokens.open_tokenizer` takes it; "" without text."""
+        return ""
+
+    @property
+    def masks_attention(self) -> bool:
+        """Whether the loss is made with a mask, which rules flash attention out."""
+        return False
+
+    def check(self, config: "Config") -> None:
+        """Raises ValueError if the rest of the config does not fit."""
+
+
+@checked
+class ModelConfig:
+    """`config.model`: the arguments of a model, of which each has a class of its own.
+
+    takes_revnet: its features can be doubled. is_standard: there are checkpoints of it to start
+    from, and it takes adapters (`bdia_jax.lora`).
+    """
+
+    group: ClassVar[str] = "model"
+    takes_revnet: ClassVar[bool] = False
+    is_standard: ClassVar[bool] = False
+
+    name: Text
+    dtype: Literal["float32", "bfloat16"]
+
+    def check(self, config: "Config") -> None:
+        """Raises ValueError if the rest of the config does not fit."""
+        if config.stack == "revnet" and not self.takes_revnet:
+            raise ValueError("stack='revnet' doubles the features; only the ViT takes them")
+        if config.lora.rank and not self.is_standard:
+            raise ValueError(
+                f"lora.rank is {config.lora.rank} with model {self.name!r}: adapters are for "
+                "a ViT or a language model; set lora.rank=0"
+            )
+
+
+@checked
+class PretrainedConfig(ModelConfig):
+    """The model of `config.init_from`: its config.json has the architecture."""
+
+    is_standard: ClassVar[bool] = True
+
+    dropout_rate: Share
+
+    def check(self, config: "Config") -> None:
+        super().check(config)
+        if not config.init_from:
+            raise ValueError("model.name is 'pretrained', but there is no init_from to start from")
+        if config.stack != "bdia":
+            raise ValueError(
+                f"init_from={config.init_from!r} with stack={config.stack!r}: a checkpoint is of "
+                "the standard transformer, whose network only stack='bdia' keeps"
+            )
+
+
+@checked
+class LoRAConfig:
+    """Adapters of query and value projections (`bdia_jax.lora`); rank 0 for none.
+
+    Only they are trained then, and the head of an image classifier; all else is frozen.
+    """
+
+    group: ClassVar[str] = "lora"
+
+    rank: Amount
+    alpha: NotNegative
+    dropout_rate: Annotated[Float, Field(ge=0, le=0.99)]
+
+
+@checked
+class MeshConfig:
+    """Devices along each axis of the mesh (`bdia_jax.sharding.make_mesh`); data=-1: all the rest.
+
+    data splits the batch; fsdp the batch, parameters, gradients and optimizer state; tensor heads
+    and hidden features; sequence the tokens. The result is the same to rounding whatever they are,
+    and a run may be resumed with others.
+    """
+
+    group: ClassVar[str] = "mesh"
+
+    data: Annotated[Int, Field(ge=-1)]
+    fsdp: Count
+    tensor: Count
+    sequence: Count
+
+    def __post_init__(self):
+        if self.data == 0:
+            raise ValueError("mesh.data is 0, expected at least 1, or -1 for all other devices")
+
+
+@checked
 class Config:
     """One training run. Lengths are in steps.
 
     num_seeds runs, of seed, seed + 1, ..., are trained at once, side by side on the device.
-    dataset is a name of `train.datasets` or of TFDS, data_dir its folder ("" for the TFDS
-    default), train_split and eval_split TFDS splits. init_from is a Hugging Face folder to start
-    from, "" for random parameters; its architecture then takes the place of the config's. lora
-    trains adapters only. stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma|
-    in training, 0 for the plain transformer; quantize=False keeps floating-point states;
-    guard_bits=-1 takes what an audit before the first step asks for; by_branch,
-    batch_chunks and token_chunks make the backward pass of a block smaller (`BDIAStack`). mesh says
-    over how many devices what is split. optimizer
-    is "set_adam" or "adamw"; schedule, after warmup_steps, "constant", "linear" or "cosine". A
-    step whose loss or gradient is not finite ends the run if non_finite is "stop", and is left out
-    if it is "skip". Of the
-    checkpoints the keep_last newest stay, and the keep_best best, by the evaluation at their step.
+    task is a name of `train.tasks.TASKS`, which says what input and model are. dataset is a name of
+    `train.datasets` or of TFDS, data_dir its folder ("" for the TFDS default), train_split and
+    eval_split TFDS splits. init_from is a Hugging Face folder to start from, "" for random
+    parameters; its architecture then takes the place of the config's. lora trains adapters only.
+    stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma| in training, 0 for the
+    plain transformer; quantize=False keeps floating-point states; guard_bits=-1 takes what an audit
+    before the first step asks for; by_branch, batch_chunks and token_chunks make the backward pass
+    of a block smaller (`BDIAStack`). mesh says over how many devices what is split. schedule is
+    what follows warmup_steps. A step whose loss or gradient is not finite ends the run if
+    non_finite is "stop", and is left out if it is "skip". Of the checkpoints the keep_last newest
+    stay, and the keep_best best, by the evaluation at their step.
     """
 
-    seed: int
-    num_seeds: int
-    dataset: str
-    data_dir: str
-    train_split: str
-    eval_split: str
-    input: ImageInput | TextInput | PairInput | DataToTextInput
-    model: ViTConfig | ResNetConfig | GPT2Config | TransformerConfig | PretrainedConfig
-    init_from: str
+    group: ClassVar[str] = ""
+
+    seed: Int
+    num_seeds: Count
+    task: Text
+    dataset: Text
+    data_dir: Text
+    train_split: Text
+    eval_split: Text
+    input: Any  # an Input and a ModelConfig of the task
+    model: Any
+    init_from: Text
     lora: LoRAConfig
-    stack: str
-    gamma: float
+    stack: Literal["bdia", "revnet", "midpoint"]
+    gamma: Share
     quantize: bool
-    frac_bits: int
-    guard_bits: int
-    backprop: str
+    frac_bits: Int
+    guard_bits: Annotated[Int, Field(ge=-1, le=7)]
+    backprop: Literal["reversible", "store", "remat"]
     by_branch: bool
-    batch_chunks: int
-    token_chunks: int
+    batch_chunks: Count
+    token_chunks: Count
     mesh: MeshConfig
-    optimizer: str
-    b2: float
-    schedule: str
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    grad_clip_norm: float
-    non_finite: str
-    batch_size: int
-    num_steps: int
-    log_every_steps: int
-    eval_every_steps: int
-    checkpoint_every_steps: int
-    keep_last: int
-    keep_best: int
+    optimizer: Literal["set_adam", "adamw"]
+    b2: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    learning_rate: Positive
+    warmup_steps: Amount
+    weight_decay: NotNegative
+    grad_clip_norm: NotNegative
+    non_finite: Literal["stop", "skip"]
+    batch_size: Count
+    num_steps: Count
+    log_every_steps: Count
+    eval_every_steps: Count
+    checkpoint_every_steps: Count
+    keep_last: Count
+    keep_best: Amount
 
     def __post_init__(self):
-        choices = {
-            "stack": (*_STACKS,),
-            "backprop": ("reversible", "store", "remat"),
-            "optimizer": ("set_adam", "adamw"),
-            "schedule": ("constant", "linear", "cosine"),
-            "non_finite": ("stop", "skip"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
-        self._check_ranges()
-        if self.model.dtype not in _DTYPES:
-            raise ValueError(f"model.dtype is {self.model.dtype!r}, expected one of {(*_DTYPES,)}")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}"
             )
-        gammas = self.input.inference_gammas if isinstance(self.input, ImageInput) else (0.0,)
-        if gammas != (0.0,) and not (isinstance(self.model, ViTConfig) and self.stack == "bdia"):
+        if self.batch_size % self.batch_chunks:
             raise ValueError(
-                f"input.inference_gammas is {gammas} with model {self.model.name!r} and stack "
-                f"{self.stack!r}; only a ViT with stack 'bdia' takes others than (0.0,)"
+                f"batch_chunks {self.batch_chunks} does not divide batch_size {self.batch_size}; "
+                "take a divisor of it, or another batch_size"
             )
-        self._check_parts()
-        self._check_pretrained()
         if self.stack != "bdia":
             self._check_baseline()
         elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
@@ -142,60 +268,8 @@ class Config:
                 "needs gamma 0.5, 0.25 or 0.125 and quantize=True; "
                 "take --config.backprop=store or remat"
             )
-
-    def _check_ranges(self):
-        for name, (low, high) in _RANGES.items():
-            *where, field = name.split(".")
-            value = getattr(getattr(self, where[0]) if where else self, field, None)
-            if value is not None and not low <= value <= high:  # None: of another model or input
-                raise ValueError(f"{name} is {value}, expected {low:g} to {high:g}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
-        for gamma in getattr(self.input, "inference_gammas", ()):
-            if not -0.5 <= gamma <= 0.5:
-                raise ValueError(f"input.inference_gammas has {gamma}, expected -0.5 to 0.5")
-
-    def _check_parts(self):
-        if self.batch_size % self.batch_chunks:
-            raise ValueError(
-                f"batch_chunks {self.batch_chunks} does not divide batch_size {self.batch_size}; "
-                "take a divisor of it, or another batch_size"
-            )
-        if self._has_parts and isinstance(self.model, ResNetConfig):
-            raise ValueError(
-                f"model 'resnet' with {self._parts}: its blocks have batch statistics, which "
-                "parts of them would each update; "
-                "set by_branch=False, batch_chunks=1 and token_chunks=1"
-            )
-
-    def _check_pretrained(self):
-        if self.init_from and self.stack != "bdia":
-            raise ValueError(
-                f"init_from={self.init_from!r} with stack={self.stack!r}: a checkpoint is of the "
-                "standard transformer, whose network only stack='bdia' keeps"
-            )
-        tokenizer = getattr(self.input, "tokenizer", "")
-        if tokenizer == "checkpoint" and not self.init_from:
-            raise ValueError(
-                "input.tokenizer is 'checkpoint', but there is no init_from; set "
-                "--config.init_from=DIR, or take the tokenizer 'gpt2', 'bytes' or 'bpe'"
-            )
-        if self.lora.rank and isinstance(self.model, ResNetConfig | TransformerConfig):
-            raise ValueError(
-                f"lora.rank is {self.lora.rank} with model {self.model.name!r}: adapters are for "
-                "a ViT or a language model; set lora.rank=0"
-            )
-
-    @property
-    def _has_parts(self) -> bool:
-        return self.by_branch or self.batch_chunks * self.token_chunks > 1
-
-    @property
-    def _parts(self) -> str:
-        return (
-            f"by_branch={self.by_branch}, batch_chunks={self.batch_chunks}, "
-            f"token_chunks={self.token_chunks}"
-        )
+        self.model.check(self)
+        self.input.check(self)
 
     def _check_baseline(self):
         if self.quantize or self.gamma or self.backprop == "remat":
@@ -204,41 +278,18 @@ class Config:
                 f"backprop={self.backprop!r}: this baseline has floating-point states and no "
                 "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
             )
-        if self._has_parts:
-            raise ValueError(
-                f"stack={self.stack!r} with {self._parts}: only stack='bdia' has them; set "
-                "by_branch=False, batch_chunks=1 and token_chunks=1"
-            )
-        if self.stack == "revnet" and not isinstance(self.model, ViTConfig):
-            raise ValueError("stack='revnet' doubles the features; only the ViT takes them")
+        if self.parts:
+            raise ValueError(f"stack={self.stack!r} with {self.parts}: only stack='bdia' has them")
 
-    @classmethod
-    def from_config_dict(cls, config: Any) -> "Config":
-        """From the ml_collections.ConfigDict that a file in configs/ returns."""
-        values = config.to_dict()
-        groups = {name: values.get(name) for name in ("input", "model", "lora", "mesh")}
-        for name, group in groups.items():
-            if not isinstance(group, dict):
-                raise ValueError(f"{name} is {group!r}, expected a group of fields")
-        model = dict(groups["model"])
-        init_from = _checked("init_from", values.get("init_from", ""), str)
-        if init_from:
-            if model.get("name") in ("resnet", "transformer"):
-                raise ValueError(
-                    f"init_from={init_from!r} with model {model['name']!r}: only a ViT "
-                    "and a language model start from a checkpoint; set init_from=''"
-                )
-            kept = {field: model[field] for field in ("dropout_rate", "dtype") if field in model}
-            model = {"name": "pretrained", **kept}
-        name = model.get("name")
-        if not (isinstance(name, str) and name in _MODELS):
-            raise ValueError(f"model.name is {name!r}, expected one of {(*_MODELS,)}")
-        model_class, input_classes = _MODELS[name]
-        values["model"] = _build(model_class, model, "model")
-        values["input"] = _build(_closest(input_classes, values["input"]), values["input"], "input")
-        values["lora"] = _build(LoRAConfig, values["lora"], "lora")
-        values["mesh"] = _build(MeshConfig, values["mesh"], "mesh")
-        return _build(cls, values, "config")
+    @property
+    def parts(self) -> str:
+        """What a block's backward pass is cut into, and how not to; "" for nothing."""
+        if not self.by_branch and self.batch_chunks * self.token_chunks == 1:
+            return ""
+        return (
+            f"by_branch={self.by_branch}, batch_chunks={self.batch_chunks}, "
+            f"token_chunks={self.token_chunks} (set False, 1 and 1)"
+        )
 
     @property
     def chooses_guard_bits(self) -> bool:
@@ -269,60 +320,6 @@ class Config:
             batch_chunks=self.batch_chunks,
             token_chunks=self.token_chunks,
         )
-
-
-def _closest(classes: tuple[type, ...], values: dict) -> type:
-    """The dataclass whose fields are most like these."""
-    return min(
-        classes, key=lambda cls: len({f.name for f in dataclasses.fields(cls)} ^ values.keys())
-    )
-
-
-def _build(cls: type, values: dict, where: str):
-    """cls(**values); missing and unknown fields are named, and values of a wrong type."""
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    wrong = [f"no {name}" for name in sorted(types.keys() - values.keys())]
-    wrong += [f"unknown {name}" for name in sorted(values.keys() - types.keys(), key=str)]
-    if wrong:
-        raise ValueError(f"{where} does not fit {cls.__name__}: {', '.join(wrong)}")
-    prefix = "" if where == "config" else f"{where}."
-    return cls(**{name: _checked(prefix + name, values[name], types[name]) for name in values})
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value, which has to be of this annotation; an int stands for a float, too."""
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            raise ValueError(f"{name} is {_short(value)}, expected several, as in '(1, 2)'")
-        return tuple(_checked(f"an element of {name}", each, get_args(kind)[0]) for each in value)
-    expected = _EXPECTED.get(kind)
-    if expected is None:  # a group of fields, built and checked before
-        return value
-    is_right = isinstance(value, (int, float) if kind is float else kind)
-    if kind in (int, float):
-        is_right = is_right and not isinstance(value, bool) and abs(value) <= _LARGEST[kind]
-    elif kind is str and is_right:
-        is_right = not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
-    if not is_right:
-        raise ValueError(f"{name} is {_short(value)}, expected {expected}")
-    return float(value) if kind is float else value
-
-
-_EXPECTED = {
-    int: "a whole number below 2^31",
-    float: "a finite number",
-    bool: "True or False",
-    str: "text, without zero bytes",
-}
-_LARGEST = {int: 2**31 - 1, float: 3.4e38}  # the device's int32 and float32
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write an int of thousands of digits
-        return f"an int of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _is_power(gamma: float) -> bool:

@@ -27,7 +27,7 @@ from train.generate import check_vocabulary, choose_tokenizer
 from train.inference.agreement import Agreement, compare
 from train.inference.open_run import open_run
 from train.loop.log import origin
-from train.loop.train import load_task
+from train.tasks import load_task
 from train.tasks.language import Sequences
 from train.tasks.task import Metrics, group_size
 

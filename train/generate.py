@@ -20,7 +20,7 @@ from bdia_jax.text.generate import generate, generate_beam, translate
 from train.cli import parse_args, told
 from train.data.tokens import EOS, PAD, Tokenizer, open_tokenizer
 from train.inference.open_run import open_run
-from train.inputs import DataToTextInput
+from train.tasks import TASKS
 
 
 def continue_texts(
@@ -143,8 +143,8 @@ def run(args: argparse.Namespace) -> str:
         )
     if opened.config is None:
         opened.model.stack.fixed_point, opened.model.stack.backprop = None, "store"
-    is_data_to_text = isinstance(getattr(opened.config, "input", None), DataToTextInput)
-    are_meanings = args.meaning or is_data_to_text
+    ends_prompts = opened.config is not None and TASKS[opened.config.task].ends_prompts
+    are_meanings = args.meaning or ends_prompts
     new = continue_texts(
         opened.model, tokenizer, prompts, args.num_tokens, are_meanings=are_meanings,
         seed=args.seed, temperature=args.temperature, top_k=args.top_k or None,

@@ -20,6 +20,7 @@ from train import cli
 from train.config import Config
 from train.datasets.registry import open_builder
 from train.loop.train import train
+from train.tasks import open_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment; --config.field=value changes a field of all of its runs."
@@ -94,7 +95,7 @@ def make_configs(
             config.update_from_flattened_dict(overrides or {})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{overrides} does not fit {file}: {error}") from error
-        configs[name] = Config.from_config_dict(config)
+        configs[name] = open_config(config)
     return configs
 
 

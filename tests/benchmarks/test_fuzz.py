@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from benchmarks.fuzz import ACCEPTED, FAILED, REFUSED, USAGE, make_scratch, run_case
 from benchmarks.fuzz_cases import Case, make_case
 from train.config import Config
+from train.tasks import open_config
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,13 @@ def test_control_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
     case = Case("config", [], {})
     case = case._replace(values=_digits() | {"gamma": "abc"})
     assert run_case(case, scratch).message.startswith("error: gamma is 'abc', expected")
-    monkeypatch.setattr("train.config._checked", lambda name, value, kind: value)
+
+    def unchecked(config, **values):
+        for name, value in values.items():
+            object.__setattr__(config, name, value)
+        config.__post_init__()
+
+    monkeypatch.setattr(Config, "__init__", unchecked)
     assert run_case(case, scratch).kind == FAILED
 
 
@@ -59,16 +66,16 @@ def test_control_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
     [
         ("batch_size", 1.5, "batch_size is 1.5, expected a whole number"),
         ("batch_size", True, "batch_size is True, expected a whole number"),
-        ("seed", 2**31, "seed is 2147483648, expected a whole number below"),
+        ("seed", 2**31, "seed is 2147483648, expected at most 2147483647"),
         ("learning_rate", float("nan"), "learning_rate is nan, expected a finite number"),
-        ("learning_rate", 10**400, "learning_rate is 1000.*characters"),
+        ("learning_rate", 10**400, "learning_rate is 1000.*characters.*, expected a number"),
         ("quantize", 1, "quantize is 1, expected True or False"),
         ("data_dir", "a\0b", "data_dir is 'a.x00b', expected text, without zero bytes"),
         ("dataset", None, "dataset is None, expected text"),
         ("non_finite", "ignore", "non_finite is 'ignore', expected one of"),
         ("mesh", 3, "mesh is 3, expected a group of fields"),
-        ("input.inference_gammas", 0.5, "inference_gammas is 0.5, expected several"),
-        ("input.inference_gammas", ("a",), "an element of input.inference_gammas is 'a', exp"),
+        ("input.inference_gammas", 0.5, "input.inference_gammas is 0.5, expected several"),
+        ("input.inference_gammas", ("a",), "input.inference_gammas.0 is 'a', expected a number"),
     ],
 )
 def test_types_are_checked_at_the_door(field, value, message):
@@ -76,11 +83,11 @@ def test_types_are_checked_at_the_door(field, value, message):
     *where, name = field.split(".")
     (values[where[0]] if where else values)[name] = value
     with pytest.raises(ValueError, match=message):
-        Config.from_config_dict(ConfigDict(values))
+        open_config(ConfigDict(values))
 
 
 def test_an_int_stands_for_a_float():
-    config = Config.from_config_dict(ConfigDict(_digits() | {"learning_rate": 1}))
+    config = open_config(ConfigDict(_digits() | {"learning_rate": 1}))
     assert isinstance(config.learning_rate, float)
 
 

@@ -14,7 +14,7 @@ from bdia_jax import MemoryReport
 from benchmarks import deep, digits, finetune_memory, gpt2_memory, lines, memory, record, vit_memory
 from benchmarks.stack import TOY
 from configs import vit_cifar10
-from train.config import Config
+from train.tasks import open_config
 
 pytestmark = pytest.mark.full
 
@@ -83,7 +83,7 @@ def test_side_bits_of_a_vit(name, has_bits):
     values = vit_cifar10.get_config(run)
     values.update(changes)
     elements = 6 * 128 * 65 * 512
-    found = vit_memory.side_bytes(Config.from_config_dict(values))
+    found = vit_memory.side_bytes(open_config(values))
     assert found == (elements * 2 // 8 if has_bits else 0)
 
 

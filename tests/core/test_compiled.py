@@ -19,9 +19,9 @@ from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.recurrence import step
 from configs import gpt2_openwebtext, vit_digits
-from train.config import Config
 from train.loop.optimizer import make_optimizer
 from train.loop.program import compile_steps, make_program
+from train.tasks import open_config
 from train.tasks.images import Images, make_task
 from train.tasks.task import Task
 
@@ -264,7 +264,7 @@ VIT = {"width": 64, "depth": 8, "num_heads": 2, "mlp_dim": 96}
 def vit_program(optimizer):
     values = vit_digits.get_config("smoke").unlock()
     values.update({"batch_size": 2, "optimizer": optimizer, "model": VIT})
-    config = Config.from_config_dict(values.lock())
+    config = open_config(values.lock())
     images = Images(jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.zeros(4, jnp.int32))
     task = make_task(config, images, images, num_classes=10)
     return make_program(config, task), task
@@ -274,7 +274,7 @@ def gpt2_program(optimizer):
     values = gpt2_openwebtext.get_config("smoke").unlock()
     values.update({"batch_size": 2, "optimizer": optimizer})
     values.model.update(VIT | {"dtype": "float32"})
-    config = Config.from_config_dict(values.lock())
+    config = open_config(values.lock())
 
     def make_model(rngs):
         return GPT2(300, 16, **config.model_arguments, rngs=rngs)
@@ -284,8 +284,7 @@ def gpt2_program(optimizer):
         return {"loss": (loss.sum(-1), jnp.full(len(loss), 16.0))}
 
     examples = (jnp.zeros((4, 17), jnp.int32),)
-    keep = lambda key, batch: batch  # noqa: E731
-    task = Task(examples, examples, make_model, keep, metrics, "", lambda models, workdir: {})
+    task = Task(examples, examples, make_model, metrics)
     return make_program(config, task), task
 
 
@@ -336,7 +335,7 @@ def test_clipping_keeps_no_second_copy_of_the_gradients():
 
     def temporaries(clip_norm, before=None):
         values.grad_clip_norm = clip_norm
-        tx = make_optimizer(Config.from_config_dict(values), {"v": True, "w": True})
+        tx = make_optimizer(open_config(values), {"v": True, "w": True})
         tx = optax.chain(before or optax.identity(), tx)
 
         def update(state, grads):  # the state first and last: donated arrays go by their order

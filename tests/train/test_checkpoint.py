@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import train.loop.train as program
 from configs import vit_digits
-from train.config import Config
 from train.loop.interrupt import Interrupt, Stopped
 from train.loop.log import read_records
 from train.loop.train import train
 from train.run.checkpoint import Checkpoints
 from train.run.checksum import checksums
 from train.run.workdir import open_workdir, read_config
+from train.tasks import open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -304,7 +304,7 @@ def tiny(data_dir):
     config = vit_digits.get_config("plain,smoke").unlock()
     config.update({"data_dir": data_dir, "num_steps": 6, "optimizer": "adamw"})
     config.update({"log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2})
-    return Config.from_config_dict(config.lock())
+    return open_config(config.lock())
 
 
 def arrays_of(workdir, step):

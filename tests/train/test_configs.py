@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import Config
 from train.loop.log import read_records
 from train.loop.train import train
+from train.tasks import open_config
 
 EXPERIMENTS = sorted(
     path.stem for path in Path("configs").glob("*.py") if path.stem not in ("__init__", "common")
@@ -24,7 +24,7 @@ def experiment(name):
 def test_smoke(name, tmp_path, data_dir):
     config = experiment(name).get_config("smoke")
     config.data_dir = data_dir
-    final = train(Config.from_config_dict(config), str(tmp_path))
+    final = train(open_config(config), str(tmp_path))
     assert np.isfinite(list(final.values())).all()
     records = read_records(tmp_path)
     assert [r["step"] for r in records if r["kind"] == "train"][-1] == config.num_steps
@@ -42,7 +42,7 @@ def test_every_run_and_scale_is_a_valid_config(name):
     for run in module.RUNS:
         for scale in ("", *module.SCALES):
             arg = ",".join(filter(None, (run, scale)))
-            sizes.add(Config.from_config_dict(module.get_config(arg)))
+            sizes.add(open_config(module.get_config(arg)))
     assert len(sizes) == len(module.RUNS) * (1 + len(module.SCALES))  # all differ
 
 

@@ -10,10 +10,9 @@ from flax import nnx
 from toy_models import filled
 
 from configs import gpt2_e2e
-from train.config import Config
 from train.data.tokens import Bytes
 from train.datasets.registry import open_split
-from train.tasks import data_to_text
+from train.tasks import data_to_text, open_config
 from train.tasks.data_to_text import encode_prompts, encode_sentences
 from train.tasks.nlg_metrics import nlg_metrics
 
@@ -30,7 +29,7 @@ def make_task(monkeypatch):
     """(**options of the input) -> the task of the plain smoke config, on the texts above."""
 
     def make(**options):
-        config = Config.from_config_dict(gpt2_e2e.get_config("plain,smoke"))
+        config = open_config(gpt2_e2e.get_config("plain,smoke"))
         options = {"length": LENGTH, "label_smoothing": 0.2, "eval_generations": 9} | options
         model = replace(config.model, dropout_rate=0.0)
         config = replace(config, input=replace(config.input, **options), model=model, batch_size=2)

@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 
 from configs import vit_digits
-from train.config import Config
 from train.loop.evaluation import group_totals
 from train.loop.program import make_program
+from train.tasks import open_config
 from train.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = replace(
-    Config.from_config_dict(vit_digits.get_config("smoke")),
+    open_config(vit_digits.get_config("smoke")),
     **{"optimizer": "adamw", "schedule": "constant", "warmup_steps": 0, "grad_clip_norm": 0.0},
     **{"batch_size": 8, "num_seeds": 2, "seed": 5},
 )
@@ -101,7 +101,7 @@ def two_seeds(quick_compile):
         del key
         return batch | {"y": batch["y"] + SHIFT}
 
-    task = Task(groups, groups, Linear, prepare, metrics, "points", lambda models, workdir: {})
+    task = Task(groups, groups, Linear, metrics, prepare=prepare)
     return make_program(CONFIG, task), groups
 
 
@@ -168,7 +168,7 @@ def test_state_and_models_have_the_seeds_in_order(two_seeds):
 
 def test_one_seed_has_no_axis_of_its_own(two_seeds):
     together, groups = two_seeds
-    task = Task(groups, groups, Linear, lambda key, batch: batch, metrics, "", lambda *_: {})
+    task = Task(groups, groups, Linear, metrics)
     program = make_program(replace(CONFIG, seed=6, num_seeds=1), task)
     state = program.init()
     assert state["seed"].shape == () and int(state["seed"]) == 6

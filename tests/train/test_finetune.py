@@ -18,15 +18,15 @@ from bdia_jax import interop
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.vit import ViT
 from configs import gpt2_e2e, gpt2_openwebtext, resnet15_cifar10, translation_enfr, vit_digits
-from train.config import Config
 from train.export import export
 from train.inference.open_run import open_run
 from train.loop.log import read_records
 from train.loop.program import make_program
-from train.loop.train import load_task, train
+from train.loop.train import train
 from train.run.checkpoint import Checkpoints
 from train.run.pretrained import keep_description, read_params
 from train.run.workdir import open_workdir
+from train.tasks import load_task, open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 def configure(module, arg, folder, data_dir, **changes):
     config = module.get_config(arg).unlock()
     config.update({"init_from": str(folder), "data_dir": data_dir} | changes)
-    return Config.from_config_dict(config.lock())
+    return open_config(config.lock())
 
 
 def restaurants(run, folder, data_dir, **changes):

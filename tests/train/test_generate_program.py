@@ -19,13 +19,12 @@ from bdia_jax.models.transformer import Transformer
 from bdia_jax.text.generate import generate as generate_tokens
 from configs import gpt2_openwebtext
 from train import evaluate, generate
-from train.config import Config
 from train.data.text import PairBucket, attention_mask, positions, segments
 from train.data.tokens import EOS, PAD, Bpe, Bytes
 from train.inference.agreement import compare
 from train.inference.open_run import open_run
-from train.loop.train import load_task, train
-from train.tasks import translation
+from train.loop.train import train
+from train.tasks import load_task, open_config, translation
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -171,7 +170,7 @@ def test_generate_refuses_what_does_not_fit(opens):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir):
-    config = Config.from_config_dict(gpt2_openwebtext.get_config("smoke"))
+    config = open_config(gpt2_openwebtext.get_config("smoke"))
     config = replace(config, data_dir=data_dir, input=replace(config.input, length=32))
     workdir = tmp_path_factory.mktemp("run") / "gpt2"
     return workdir, train(config, str(workdir)), load_task(config).eval_groups

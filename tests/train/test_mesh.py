@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from configs import vit_digits
-from train.config import Config
-from train.devices.mesh import MeshConfig, check_batch, open_mesh
+from train.config import MeshConfig
+from train.devices.mesh import check_batch, open_mesh
 from train.devices.processes import data_fingerprint, join
 from train.devices.shards import local_rows, place, take
 from train.inference.open_run import open_run
@@ -24,13 +24,14 @@ from train.launch import launch
 from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.state import Training
-from train.loop.train import load_task, train
+from train.loop.train import train
+from train.tasks import load_task, open_config
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
     pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices"),
 ]
-CONFIG = Config.from_config_dict(vit_digits.get_config("smoke"))
+CONFIG = open_config(vit_digits.get_config("smoke"))
 
 
 def on(config, data=1, fsdp=1, tensor=1, sequence=1):
@@ -110,13 +111,13 @@ from dataclasses import replace
 from train.devices.processes import data_fingerprint, join
 join(False, sys.argv[1], 2, int(sys.argv[2]))
 from configs import vit_digits
-from train import images
-from train.config import Config
 from train.datasets import registry
 from train.loop.log import read_records
-from train.devices.mesh import MeshConfig, check_batch, open_mesh
+from train.config import MeshConfig
+from train.devices.mesh import check_batch, open_mesh
 from train.devices.processes import data_fingerprint, join
-config = Config.from_config_dict(vit_digits.get_config("smoke"))
+from train.tasks import images, open_config
+config = open_config(vit_digits.get_config("smoke"))
 config = replace(config, data_dir=sys.argv[3], mesh=MeshConfig(-1, 1, 1, 1))
 task = images.load(config)
 print(len(task.train_groups[0].images), *task.train_sizes, file=sys.stderr)

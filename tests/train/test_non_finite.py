@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from configs import vit_digits
-from train.config import Config
 from train.loop import non_finite
 from train.loop.log import read_records
 from train.loop.program import make_program
-from train.loop.train import load_task, train
+from train.loop.train import train
 from train.run.checkpoint import Checkpoints
-from train.tasks import images
+from train.tasks import images, load_task, open_config
 from train.tasks.images import Images
 from train.tasks.task import Task
 
@@ -27,7 +26,7 @@ def config_of(**changes):
     small |= {"num_steps": STEPS, "log_every_steps": STEPS, "eval_every_steps": STEPS}
     small |= {"checkpoint_every_steps": STEPS, "warmup_steps": 0, "schedule": "constant"}
     values.update(small | {"model": {"width": 8, "depth": 1, "dropout_rate": 0.0}} | changes)
-    return Config.from_config_dict(values)
+    return open_config(values)
 
 
 def with_bad_example(config) -> Task:

@@ -9,12 +9,12 @@ import pytest
 
 from bdia_jax.optim import set_adam
 from configs import vit_digits
-from train.config import Config
 from train.loop.optimizer import make_optimizer, make_schedule
+from train.tasks import open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = replace(
-    Config.from_config_dict(vit_digits.get_config("smoke")),
+    open_config(vit_digits.get_config("smoke")),
     **{"num_steps": 20, "learning_rate": 0.02, "b2": 0.95},
     **{"warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0, "grad_clip_norm": 0.0},
 )

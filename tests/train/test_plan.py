@@ -8,10 +8,9 @@ import pytest
 
 from benchmarks.plan import compare, gpt2
 from configs import gpt2_e2e, gpt2_openwebtext, vit_cifar10
-from train.config import Config
 from train.plan.compare import first_depth, make_plans, table
 from train.plan.estimate import make_plan
-from train.plan.task import abstract_task
+from train.tasks import abstract_task, open_config
 
 _HUGE = {"batch": 64, "length": 512, "depth": 48}  # so that it matters what blocks keep
 _SMALL = {"batch": 8, "length": 128, "width": 64, "depth": 4, "vocab": 512}
@@ -85,7 +84,7 @@ def test_flash_attention_writes_no_weights_and_a_mask_does():
         values = gpt2_openwebtext.get_config()
         values.update({"input": {"length": length, "isolate_documents": isolate}})
         values.update({"model": {"width": 256, "num_heads": 4, "mlp_dim": 1024}})
-        config = Config.from_config_dict(values)
+        config = open_config(values)
         return make_plan(config, abstract_task(config)).block
 
     assert block(2048, False) / block(1024, False) == pytest.approx(2, rel=0.05)
@@ -93,7 +92,7 @@ def test_flash_attention_writes_no_weights_and_a_mask_does():
 
 
 def test_frozen_parameters_have_no_gradients():
-    config = Config.from_config_dict(gpt2_e2e.get_config("lora_bdia"))
+    config = open_config(gpt2_e2e.get_config("lora_bdia"))
     plan = make_plan(config, abstract_task(config))
     assert plan.parameters > 1e9 > 100 * plan.gradients > 0
 
@@ -102,7 +101,7 @@ def test_a_table_has_the_ways_that_a_config_can_take():
     values = vit_cifar10.get_config("revnet")
     values.dataset = "digits"
     values.model.patch_size = 2
-    config = Config.from_config_dict(values)
+    config = open_config(values)
     plans = make_plans(config)
     assert list(plans) == ["reversible", "store"]
     assert "smallest: reversible" in table(config, plans)
@@ -121,7 +120,7 @@ def test_what_cannot_be_planned_is_said(changes, message):
     values = (vit_cifar10 if "dataset" in changes else gpt2_openwebtext).get_config()
     values.update(changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        make_plans(Config.from_config_dict(values))
+        make_plans(open_config(values))
 
 
 def test_the_device_is_one_of_two():

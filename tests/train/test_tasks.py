@@ -17,17 +17,16 @@ from bdia_jax.models import attention
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.text.generate import generate
 from configs import gpt2_openwebtext, translation_enfr, vit_digits
-from train.config import Config
 from train.data.text import PairBucket, pack_documents
 from train.data.tokens import EOS, PAD, Bpe, Bytes
-from train.tasks import images, language, translation
+from train.tasks import images, language, open_config, translation
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def config_of(module, words="smoke", **options):
     """With `options` in place of its input's."""
-    config = Config.from_config_dict(module.get_config(words))
+    config = open_config(module.get_config(words))
     return replace(config, input=replace(config.input, **options))
 
 

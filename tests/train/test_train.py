@@ -15,9 +15,10 @@ from configs import resnet15_cifar10, vit_cifar10, vit_cifar100, vit_digits
 from train.config import Config
 from train.loop.log import draw_curve, read_records
 from train.loop.program import make_program
-from train.loop.train import load_task, train
+from train.loop.train import train
 from train.run.checkpoint import Checkpoints
 from train.run.workdir import open_workdir
+from train.tasks import load_task, open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +28,7 @@ def tiny(data_dir, **changes):
     config.update({"data_dir": data_dir, "num_steps": 6, "warmup_steps": 2})
     config.update({"log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2})
     config.update(changes)
-    return Config.from_config_dict(config.lock())
+    return open_config(config.lock())
 
 
 def final_state(workdir, config):
@@ -209,18 +210,21 @@ def test_batch_larger_than_the_data(tmp_path, data_dir):
         ({"gamma": 0.6}, "gamma=0.6"),
         ({"quantize": False}, "quantize=False"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"warmup_steps": -5}, "warmup_steps is -5, expected 0 to inf"),
-        ({"model": {"depth": 0}}, "model.depth is 0, expected 1"),
-        ({"input": {"inference_gammas": (0.0, -1.0)}}, "inference_gammas has -1.0"),
+        ({"warmup_steps": -5}, "warmup_steps is -5, expected at least 0"),
+        ({"model": {"depth": 0}}, "model.depth is 0, expected at least 1"),
+        (
+            {"input": {"inference_gammas": (0.0, -1.0)}},
+            "inference_gammas.1 is -1.0, expected at least -0.5",
+        ),
         ({"input": {"rand_augment_magnitude": 99}}, "rand_augment_magnitude is 99"),
         ({"warmup_steps": 6}, "warmup_steps 6 leaves nothing of num_steps 6"),
         ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
         ({"model": {"name": "rnn"}}, "model.name is 'rnn'"),
-        ({"model": {"name": "gpt2"}}, "unknown linformer_dim"),
+        ({"model": {"name": "gpt2"}}, "unknown field model.linformer_dim"),
         ({"stack": "ode"}, "stack is 'ode'"),
         ({"stack": "revnet"}, "stack='revnet' with gamma=0.5"),
         ({"batch_size": 32, "batch_chunks": 5}, "batch_chunks 5 does not divide batch_size 32"),
-        ({"batch_chunks": 0}, "batch_chunks is 0, expected 1"),
+        ({"batch_chunks": 0}, "batch_chunks is 0, expected at least 1"),
     ],
 )
 def test_bad_values_are_named(data_dir, changes, message):
@@ -231,11 +235,11 @@ def test_bad_values_are_named(data_dir, changes, message):
 @pytest.mark.parametrize("part", [{"by_branch": True}, {"batch_chunks": 2}, {"token_chunks": 2}])
 def test_blocks_that_cannot_be_cut_are_named(part):
     config = resnet15_cifar10.get_config("smoke")
-    Config.from_config_dict(config)
+    open_config(config)
     config.update(part)
-    message = r"model 'resnet' with by_branch=.*batch statistics.*set by_branch=False"
+    message = r"model 'resnet' with by_branch=.*batch statistics.*set False"
     with pytest.raises(ValueError, match=message):
-        Config.from_config_dict(config)
+        open_config(config)
 
 
 def test_what_cannot_be_traced_leaves_no_workdir(tmp_path, data_dir):
@@ -265,7 +269,7 @@ def test_incomplete_record_is_left_out(tmp_path):
 
 def test_paper_configs():
     for module, dataset in ((vit_cifar10, "cifar10"), (vit_cifar100, "cifar100")):
-        config = Config.from_config_dict(module.get_config())
+        config = open_config(module.get_config())
         model = config.model
         assert config.dataset == dataset and config.gamma == 0.5 and config.learning_rate == 1e-4
         assert (model.patch_size, model.width, model.depth) == (4, 512, 6)

@@ -4,12 +4,17 @@ import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from pathlib import Path
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import tiktoken
 import tokenizers
 
+from bdia_jax import interop
+from train.config import Config
+
 PAD, BOS, EOS = 0, 1, 2
+SMALLEST_BPE = 3 + 256  # special ids and bytes
 
 _GPT2_FILES = [
     f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
@@ -42,6 +47,7 @@ class Gpt2:
         FileNotFoundError: neither the two files nor a network; the message says what to put where.
     """
 
+    vocab_size = 50257
     end_of_text = 50256
 
     def __init__(self):
@@ -58,7 +64,6 @@ class Gpt2:
                 "into a folder of their own, and set the environment variable TIKTOKEN_CACHE_DIR "
                 f"to it.\ntiktoken said: {error}"
             ) from error
-        self.vocab_size = self._encoding.n_vocab
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -113,11 +118,9 @@ class Bpe:
         Raises:
             ValueError: a vocab_size below 259.
         """
-        specials = ["<pad>", "<bos>", "<eos>"]
-        smallest = len(specials) + 256
-        if vocab_size < smallest:
+        if vocab_size < SMALLEST_BPE:
             raise ValueError(
-                f"vocab_size is {vocab_size}, expected at least {smallest}: "
+                f"vocab_size is {vocab_size}, expected at least {SMALLEST_BPE}: "
                 "3 special ids and 256 bytes"
             )
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +129,7 @@ class Bpe:
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=specials,
+            special_tokens=["<pad>", "<bos>", "<eos>"],
             initial_alphabet=byte_level.alphabet(),
             show_progress=False,
         )
@@ -182,6 +185,20 @@ def open_tokenizer(
             f"input.tokenizer is {name!r}, expected one of {(*simple, 'bpe', 'checkpoint')}"
         )
     return simple[name]()
+
+
+def largest_tokenizer(config: Config) -> Any:
+    """In place of the tokenizer of a config, whose files or texts are not read: its sizes at most.
+
+    Raises:
+        FileNotFoundError, ValueError: as `interop.read_architecture`.
+    """
+    name = config.input.tokenizer_name
+    if name == "checkpoint":
+        size = interop.read_architecture(config.init_from).arguments["vocab_size"]
+    else:
+        size = {"gpt2": Gpt2, "bytes": Bytes}.get(name, config.input).vocab_size
+    return SimpleNamespace(vocab_size=size, end_of_text=0)
 
 
 def _of_checkpoint(folder: str | Path) -> Bpe:

@@ -9,28 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh (`bdia_jax.sharding.make_mesh`); data=-1: all the rest.
-
-    data splits the batch; fsdp the batch, parameters, gradients and optimizer state; tensor heads
-    and hidden features; sequence the tokens. The result is the same to rounding whatever they are,
-    and a run may be resumed with others.
-    """
-
-    data: int
-    fsdp: int
-    tensor: int
-    sequence: int
-
-    def __post_init__(self):
-        for name in AXES:
-            size = getattr(self, name)
-            if size < 1 and not (name == "data" and size == -1):
-                raise ValueError(f"mesh.{name} is {size}, expected at least 1, or -1 for mesh.data")
+from bdia_jax.sharding import BATCH_AXES, make_mesh, param_shardings
+from train.config import Config, MeshConfig
 
 
 def open_mesh(config: MeshConfig) -> Mesh | None:
@@ -58,7 +38,7 @@ def open_mesh(config: MeshConfig) -> Mesh | None:
     return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes)
 
 
-def check_batch(config: Any, mesh: Mesh | None) -> None:
+def check_batch(config: Config, mesh: Mesh | None) -> None:
     """Raises ValueError unless every device has its share of each part of a batch."""
     parts = 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
     if config.batch_size // config.batch_chunks % parts:

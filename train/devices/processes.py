@@ -11,7 +11,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from train.devices.shards import local_rows
-from train.tasks.task import Task
 
 
 def join(distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
@@ -73,7 +72,7 @@ def first_does(function: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def data_fingerprint(task: Task, mesh: Any) -> str:
+def data_fingerprint(task: Any, mesh: Any) -> str:
     """A hash of all examples, the same however many processes hold them.
 
     Args:

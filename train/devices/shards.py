@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdia_jax.sharding import BATCH_AXES, batch_sharding
-from train.tasks.task import Arrays
 
 _SPEC = PartitionSpec(BATCH_AXES)
 
@@ -29,7 +28,7 @@ def local_rows(count: int, mesh: Mesh | None) -> np.ndarray:
     return rows[rows < count]
 
 
-def place(group: Arrays, count: int, mesh: Mesh | None) -> Arrays:
+def place(group: Any, count: int, mesh: Mesh | None) -> Any:
     """The examples on their devices, [count rounded up, ...], split over data and fsdp.
 
     Args:
@@ -57,7 +56,7 @@ def place(group: Arrays, count: int, mesh: Mesh | None) -> Arrays:
     return jax.tree.map(split, group)
 
 
-def abstract(group: Arrays, count: int, mesh: Mesh | None) -> Arrays:
+def abstract(group: Any, count: int, mesh: Mesh | None) -> Any:
     """Shapes, dtypes and shardings of `place(group, count, mesh)`."""
     sharding = None if mesh is None else NamedSharding(mesh, _SPEC)
     size = count if mesh is None else _padded(count, mesh)
@@ -69,7 +68,7 @@ def abstract(group: Arrays, count: int, mesh: Mesh | None) -> Arrays:
     )
 
 
-def take(group: Arrays, index: jax.Array, mesh: Mesh | None) -> Arrays:
+def take(group: Any, index: jax.Array, mesh: Mesh | None) -> Any:
     """The examples of `index` [B], out of a placed group; split over data and fsdp.
 
     Every device sends what it has of them, zeros for the rest, and the sum is the batch.

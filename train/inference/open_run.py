@@ -3,21 +3,18 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 
 from bdia_jax import interop, lora
-from bdia_jax.models.transformer import Transformer
 from train.config import Config
 from train.data.tokens import Bpe, Tokenizer, open_tokenizer
-from train.inputs import DataToTextInput, ImageInput, TextInput
 from train.loop.state import Training
-from train.loop.train import load_task
 from train.run.checkpoint import Checkpoints
 from train.run.pretrained import FOLDER
 from train.run.workdir import read_config
-from train.tasks.causal_lm import make_causal_lm
+from train.tasks import abstract_task
 
 
 class Run(NamedTuple):
@@ -70,7 +67,7 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
     if config.init_from:
         config = dataclasses.replace(config, init_from=str(path / FOLDER))
     tokenizer = _tokenizer(path, config)
-    training = Training(config, _make_model(config, tokenizer))
+    training = Training(config, abstract_task(config, tokenizer).make_model)
     with Checkpoints(path, read_only=True) as checkpoints:  # it may be training still
         state = checkpoints.restore(training.abstract_state, best=best)
     model = training.models(state)[0]
@@ -79,21 +76,7 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
-    if isinstance(config.input, ImageInput):
-        return None
-    name = getattr(config.input, "tokenizer", "bpe")
-    return (
-        Bpe.load(path / "tokenizer.json")
-        if name == "bpe"
-        else open_tokenizer(name, config.init_from)
-    )
-
-
-def _make_model(config: Config, tokenizer: Tokenizer | None) -> Any:
-    if tokenizer is None:
-        return load_task(config).make_model
-    if isinstance(config.input, TextInput | DataToTextInput):
-        return make_causal_lm(config, tokenizer.vocab_size, config.input.length)
-    arguments = config.model_arguments
-    longest = config.input.boundaries[-1]  # pyright: ignore[reportAttributeAccessIssue]
-    return lambda rngs: Transformer(tokenizer.vocab_size, longest, **arguments, rngs=rngs)
+    name = config.input.tokenizer_name
+    if name == "bpe":
+        return Bpe.load(path / "tokenizer.json")
+    return open_tokenizer(name, config.init_from) if name else None

@@ -15,8 +15,8 @@ from bdia_jax.sharding import set_mesh
 from train.config import Config
 from train.devices.mesh import state_shardings
 from train.devices.shards import to_host
-from train.inputs import ImageInput
 from train.loop.optimizer import make_optimizer
+from train.tasks import TASKS
 
 # "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
 # adapters only), "stats" (batch statistics), "opt_state". With num_seeds > 1 all but the step have
@@ -147,12 +147,8 @@ class Training:
 
 
 def _trained(config: Config) -> Any:
-    """Which parameters are: all, or adapters and a head for what may be new classes."""
-    if not config.lora.rank:
-        return nnx.Param
-    if isinstance(config.input, ImageInput):
-        return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
-    return nnx.LoRAParam
+    """Which parameters are: all, or adapters and what the task has beside them."""
+    return nnx.Any(nnx.LoRAParam, TASKS[config.task].head) if config.lora.rank else nnx.Param
 
 
 def _check_seeds(config: Config) -> None:

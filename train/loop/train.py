@@ -15,7 +15,6 @@ from train.data.tokens import Bpe
 from train.datasets.registry import footnote, open_builder
 from train.devices.mesh import open_mesh
 from train.devices.processes import data_fingerprint, first_does
-from train.inputs import DataToTextInput, ImageInput, TextInput
 from train.loop import guard_bits, non_finite
 from train.loop.interrupt import Interrupt, Stopped
 from train.loop.log import Log, draw_curve, format_bytes, read_records
@@ -24,31 +23,10 @@ from train.loop.state import State
 from train.run.checkpoint import Checkpoints
 from train.run.pretrained import keep_description, read_params
 from train.run.workdir import holds_run, open_workdir, writing
-from train.tasks import data_to_text, images, language, translation
-from train.tasks.task import Task, group_size
+from train.tasks import load_task
+from train.tasks.task import Task
 
 NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
-
-
-def load_task(config: Config) -> Task:
-    """Reads the data of a config and says what is to be learnt from it.
-
-    Raises:
-        FileNotFoundError: the data set is not prepared.
-        ValueError: it does not fit the config.
-    """
-    if isinstance(config.input, ImageInput):
-        task = images.load(config)
-    elif isinstance(config.input, TextInput):
-        task = language.load(config)
-    elif isinstance(config.input, DataToTextInput):
-        task = data_to_text.load(config)
-    else:
-        task = translation.load(config)
-    count = sum(group_size(group) for group in task.train_groups)
-    if config.batch_size > count:
-        raise ValueError(f"batch_size {config.batch_size} exceeds the {count} examples")
-    return task
 
 
 def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:

@@ -11,9 +11,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from train import cli
-from train.config import Config
 from train.plan.compare import make_plans, table
 from train.plan.estimate import mesh_sizes
+from train.tasks import open_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, for example configs/vit_digits.py or configs/x.py:smoke."
@@ -25,7 +25,7 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; options look like --config.seed=1")
     logging.set_verbosity(logging.FATAL)  # TFDS tells every step
-    config = Config.from_config_dict(_CONFIG.value)
+    config = open_config(_CONFIG.value)
     sizes = mesh_sizes(config.mesh)
     plans = make_plans(config, device=_DEVICE.value)
     axes = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from train.config import Config
 from train.plan.estimate import Plan, make_plan
-from train.plan.task import abstract_task
+from train.tasks import abstract_task
 from train.tasks.task import Task
 
 BACKPROPS = ("reversible", "remat", "store")

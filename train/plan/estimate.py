@@ -15,9 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from bdia_jax._stack import Stack
 from bdia_jax.models.attention import choose_implementation
 from bdia_jax.sharding import AXES, batch_sharding
-from train.config import Config
-from train.devices.mesh import MeshConfig
-from train.inputs import TextInput
+from train.config import Config, MeshConfig
 from train.loop.state import Training
 from train.plan.flat import Equation, Split, Value, flatten, split_of
 from train.plan.live import Device, Peak, peaks
@@ -190,9 +188,8 @@ def _device(device: str, config: Config, model: Any, batch: Any, sizes: dict[str
         return Device()
     dtype = attention.query.dtype or jnp.float32
     heads, inner = attention.num_heads, attention.query.kernel.shape[-1]
-    is_masked = isinstance(config.input, TextInput) and config.input.isolate_documents
     q = jax.ShapeDtypeStruct((1, 1, heads, inner // heads), dtype)
-    if choose_implementation(q, True if is_masked else None, _HOPPER) == "xla":
+    if choose_implementation(q, True if config.input.masks_attention else None, _HOPPER) == "xla":
         return Device()
     positions = getattr(model, "positions", None)
     tokens = batch.tokens.shape[1] - 1 if hasattr(batch, "tokens") else positions.shape[1]  # pyright: ignore

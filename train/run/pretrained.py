@@ -36,7 +36,7 @@ def keep_description(config: Config, workdir: Path) -> None:
     """Copies config.json and tokenizer into the workdir, to open the run without the folder."""
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    own_tokenizer = getattr(config.input, "tokenizer", "") == "bytes"  # and not the checkpoint's
+    own_tokenizer = config.input.tokenizer_name == "bytes"  # and not the checkpoint's
     for name in _KEPT[:1] if own_tokenizer else _KEPT:
         source = Path(config.init_from) / name
         if source.exists() and not (folder / name).exists():

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from train.config import Config
+from train.tasks import open_config
 
 # What may differ between a run and its resumption without making it another run.
 _FREE_FIELDS = (
@@ -69,7 +70,7 @@ def read_config(workdir: Path) -> Config:
         place = nested.setdefault(where[0], {}) if where else nested
         place[field] = tuple(value) if isinstance(value, list) else value
     try:
-        return Config.from_config_dict(ConfigDict(nested))
+        return open_config(ConfigDict(nested))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(_damaged(file, f"{type(error).__name__}: {error}")) from error
 

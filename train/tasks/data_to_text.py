@@ -2,19 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
 from bdia_jax.text.generate import generate_beam
-from train.config import Config
+from train.config import Amount, Config, Count, Float, NotNegative, checked
 from train.data.text import read_texts
-from train.data.tokens import Tokenizer, open_tokenizer
-from train.inputs import DataToTextInput
-from train.tasks.causal_lm import make_causal_lm
+from train.data.tokens import Tokenizer, largest_tokenizer, open_tokenizer
+from train.tasks.causal_lm import MODELS, TokensInput, abstract_tokens, make_causal_lm
 from train.tasks.nlg_metrics import has_meteor, nlg_metrics
-from train.tasks.task import Metrics, Task
+from train.tasks.task import Metrics, Task, TaskKind
+
+
+@checked
+class DataToTextInput(TokensInput):
+    """tokenizer, length: as in `TokensInput`, the length with padding.
+
+    label_smoothing: share of the training target spread evenly over the vocabulary; the evaluation
+    loss is without it. beam_size, length_penalty, no_repeat_ngram (0: none): how the meanings are
+    decoded at the end; eval_generations: how many of them at most, 0 for none.
+    """
+
+    tokenizer: Literal["gpt2", "bytes", "checkpoint"]
+    label_smoothing: Annotated[Float, Field(ge=0, le=0.99)]
+    beam_size: Count
+    length_penalty: NotNegative
+    no_repeat_ngram: Amount
+    eval_generations: Amount
 
 
 class Sentences(NamedTuple):
@@ -35,8 +53,7 @@ def load(config: Config) -> Task:
     Meanings are written as the data set has them. As in LoRA's code the separator is end of
     text, so that no vocabulary has to grow, and a space comes before a reference.
     """
-    assert isinstance(config.input, DataToTextInput)
-    options = config.input
+    options: DataToTextInput = config.input
     tokenizer = open_tokenizer(options.tokenizer, config.init_from)
     train_rows, eval_rows = (
         list(read_texts(config.dataset, split, config.data_dir, *_FEATURES))
@@ -47,15 +64,6 @@ def load(config: Config) -> Task:
     )
     references = _by_meaning(eval_rows, options.eval_generations)
     prompts, lengths = encode_prompts([*references], tokenizer, options.length)
-
-    def metrics(model: Any, batch: Sentences, rngs: Any) -> Metrics:
-        """Loss in nats a token of the reference, its end included; smoothed in training only."""
-        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        place = jnp.arange(1, batch.tokens.shape[1])
-        counts = (place >= batch.start[:, None]) & (place < batch.stop[:, None])
-        smoothing = 0.0 if rngs is None else options.label_smoothing
-        loss = model.loss(model.features(inputs, rngs=rngs), targets, smoothing)
-        return {"loss": (jnp.where(counts, loss, 0).sum(-1), counts.sum(-1).astype(jnp.float32))}
 
     def decode(model: Any) -> list[str]:
         """What the model says for each prompt, in batches of one shape."""
@@ -94,16 +102,38 @@ def load(config: Config) -> Task:
         (workdir / "generations.txt").write_text("\n".join(lines), "utf-8")
         return {name: [score[name] for score in scores] for name in scores[0]}
 
-    return Task(
-        (train,),
-        (held_out,),
-        make_causal_lm(config, tokenizer.vocab_size, options.length),
-        lambda key, batch: batch,
-        metrics,
-        f"{len(train.tokens):,} sentences of {config.dataset} (too long and left out: "
+    return _make_task(config, tokenizer, train, held_out)._replace(
+        describe=f"{len(train.tokens):,} sentences of {config.dataset} (too long and left out: "
         f"{train_dropped}, and {eval_dropped} held-out ones)",
-        finish,
-        tokenizer,
+        finish=finish,
+    )
+
+
+def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+    """The task by its shapes."""
+    place = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    batch = Sentences(abstract_tokens(config), place, place)
+    return _make_task(config, tokenizer or largest_tokenizer(config), batch, batch)
+
+
+def _make_task(config: Config, tokenizer: Any, train: Sentences, held_out: Sentences) -> Task:
+    options: DataToTextInput = config.input
+
+    def metrics(model: Any, batch: Sentences, rngs: Any) -> Metrics:
+        """Loss in nats a token of the reference, its end included; smoothed in training only."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        place = jnp.arange(1, batch.tokens.shape[1])
+        counts = (place >= batch.start[:, None]) & (place < batch.stop[:, None])
+        smoothing = 0.0 if rngs is None else options.label_smoothing
+        loss = model.loss(model.features(inputs, rngs=rngs), targets, smoothing)
+        return {"loss": (jnp.where(counts, loss, 0).sum(-1), counts.sum(-1).astype(jnp.float32))}
+
+    return Task(
+        train_groups=(train,),
+        eval_groups=(held_out,),
+        make_model=make_causal_lm(config, tokenizer.vocab_size, options.length),
+        metrics=metrics,
+        tokenizer=tokenizer,
     )
 
 
@@ -170,3 +200,6 @@ def _text(ids: list[int], tokenizer: Tokenizer) -> str:
     if tokenizer.end_of_text in ids:
         ids = ids[: ids.index(tokenizer.end_of_text)]
     return " ".join(tokenizer.decode(ids).split())
+
+
+KIND = TaskKind(DataToTextInput, MODELS, load, abstract, ends_prompts=True)

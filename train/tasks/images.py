@@ -3,27 +3,92 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from pydantic import Field
 
 from bdia_jax import interop
 from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.resnet import ResNet
 from bdia_jax.models.vit import ViT
-from train.config import Config
+from train.config import (
+    LIST,
+    Amount,
+    Config,
+    Count,
+    Float,
+    Input,
+    Int,
+    ModelConfig,
+    PretrainedConfig,
+    Share,
+    checked,
+)
 from train.data.augment import augment
-from train.datasets.registry import in_chunks, open_split
+from train.datasets.registry import in_chunks, open_builder, open_split
 from train.devices.mesh import open_mesh
 from train.devices.shards import local_rows
-from train.inputs import ImageInput
 from train.loop.evaluation import group_totals
-from train.model_config import ResNetConfig
-from train.tasks.task import Metrics, Task
+from train.tasks.task import Metrics, Task, TaskKind
+
+
+@checked
+class ImageInput(Input):
+    """Augmentation: RandAugment (0 operations for none), crop out of a padded image, flip.
+
+    inference_gammas: constant gammas the trained model is evaluated with at the end (Fig. 1).
+    """
+
+    rand_augment_ops: Annotated[Int, Field(ge=0, le=1000)]
+    rand_augment_magnitude: Annotated[Int, Field(ge=0, le=30)]
+    crop_padding: Annotated[Int, Field(ge=0, le=1000)]
+    flip: bool
+    inference_gammas: Annotated[tuple[Annotated[Float, Field(ge=-0.5, le=0.5)], ...], LIST]
+
+    def check(self, config: Config) -> None:
+        if self.inference_gammas != (0.0,) and (config.model.name, config.stack) != ("vit", "bdia"):
+            raise ValueError(
+                f"input.inference_gammas is {self.inference_gammas} with model "
+                f"{config.model.name!r} and stack {config.stack!r}; only a ViT with stack 'bdia' "
+                "takes others than (0.0,)"
+            )
+
+
+@checked
+class ViTConfig(ModelConfig):
+    """The arguments of `bdia_jax.models.vit.ViT`; linformer_dim > 0 makes attention linear."""
+
+    takes_revnet: ClassVar[bool] = True
+    is_standard: ClassVar[bool] = True
+
+    patch_size: Count
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    dropout_rate: Share
+    linformer_dim: Amount
+
+
+@checked
+class ResNetConfig(ModelConfig):
+    """The arguments of `bdia_jax.models.resnet.ResNet`."""
+
+    widths: Annotated[tuple[Int, ...], LIST]
+    depths: Annotated[tuple[Int, ...], LIST]
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if config.parts:
+            raise ValueError(
+                f"model 'resnet' with {config.parts}: its blocks have batch statistics, which "
+                "parts of them would each update"
+            )
 
 
 class Images(NamedTuple):
@@ -47,10 +112,24 @@ def load(config: Config) -> Task:
     )
 
 
+def abstract(config: Config, tokenizer: Any = None) -> Task:
+    """The task by its shapes, which the data set tells; it has to be prepared."""
+    del tokenizer
+    features = open_builder(config.dataset, config.data_dir).info.features
+    return of_shape(config, features["image"].shape, features["label"].num_classes)
+
+
+def of_shape(config: Config, shape: tuple[int, ...], num_classes: int) -> Task:
+    """The task of images of a shape (height, width, channels), by shapes alone."""
+    size = config.batch_size
+    images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+    batch = Images(images, jax.ShapeDtypeStruct((size,), jnp.int32))
+    return make_task(config, batch, batch, num_classes)
+
+
 def make_task(config: Config, train: Images, held_out: Images, num_classes: int) -> Task:
     """The task of telling `num_classes` classes of these images apart."""
-    assert isinstance(config.input, ImageInput)
-    options = config.input
+    options: ImageInput = config.input
 
     def prepare(key: jax.Array, batch: Images) -> Images:
         images = augment(
@@ -76,14 +155,18 @@ def make_task(config: Config, train: Images, held_out: Images, num_classes: int)
             for gamma in gammas
         }
 
+    make: Any = _MAKERS[config.model.name]
+    if config.init_from:
+        make = partial(make, config.init_from)
+    arguments = config.model_arguments
     return Task(
-        (train,),
-        (held_out,),
-        partial(_make_model, config, train.images.shape[1:], num_classes),
-        prepare,
-        _metrics,
-        f"{len(train.images):,} images of {config.dataset}",
-        finish,
+        train_groups=(train,),
+        eval_groups=(held_out,),
+        make_model=lambda rngs: make(train.images.shape[1:], num_classes, **arguments, rngs=rngs),
+        metrics=_metrics,
+        describe=f"{len(train.images):,} images of {config.dataset}",
+        prepare=prepare,
+        finish=finish,
     )
 
 
@@ -114,13 +197,7 @@ def normalize(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    arguments: dict[str, Any] = config.model_arguments
-    if config.init_from:
-        return _of_checkpoint(config.init_from, image_shape, num_classes, arguments, rngs)
-    if isinstance(config.model, ResNetConfig):
-        return ResNet(image_shape, num_classes, **arguments, rngs=rngs)
-    linformer_dim = arguments.pop("linformer_dim")
+def _make_vit(image_shape, num_classes: int, *, linformer_dim: int, **arguments) -> ViT:
     if linformer_dim:
         tokens = image_shape[0] * image_shape[1] // arguments["patch_size"] ** 2 + 1
         if linformer_dim >= tokens:
@@ -131,20 +208,21 @@ def _make_model(config: Config, image_shape, num_classes: int, rngs: nnx.Rngs) -
         arguments["attention"] = partial(
             LinformerAttention, num_tokens=tokens, projected=linformer_dim
         )
-    return ViT(image_shape, num_classes, **arguments, rngs=rngs)
+    return ViT(image_shape, num_classes, **arguments)
 
 
-def _of_checkpoint(folder: str, image_shape, num_classes: int, arguments, rngs) -> nnx.Module:
+def _make_pretrained(folder: str, image_shape, num_classes: int, **arguments) -> ViT:
     """A ViT of a checkpoint's architecture; it sees the images in its own size."""
-    model, its = interop.read_architecture(folder)
+    model, described = interop.read_architecture(folder)
     if model is not ViT:
         raise ValueError(f"init_from {folder} is a {model.__name__}, which sees no images")
-    if its["image_shape"][-1] != image_shape[-1]:
+    if described["image_shape"][-1] != image_shape[-1]:
         raise ValueError(
-            f"init_from {folder} takes images of shape {its['image_shape']}, the data set has "
-            f"{image_shape}: other channels; take another checkpoint or data set"
+            f"init_from {folder} takes images of shape {described['image_shape']}, the data set "
+            f"has {image_shape}: other channels; take another checkpoint or data set"
         )
-    return ViT(**its | arguments | {"num_classes": num_classes}, rngs=rngs)
+    changes: dict[str, Any] = {**arguments, "num_classes": num_classes}
+    return ViT(**described | changes)
 
 
 def _metrics(model: Any, batch: Images, rngs: nnx.Rngs | None) -> Metrics:
@@ -168,3 +246,10 @@ def _accuracy(model: Any, gamma: float, images: Images, batch_size: int) -> floa
 @partial(jax.jit, static_argnums=(0, 3))
 def _correct(graphdef, state, images, batch_size):
     return group_totals(nnx.merge(graphdef, state), _metrics, images, batch_size)["accuracy"][0]
+
+
+_MAKERS = {"vit": _make_vit, "resnet": ResNet, "pretrained": _make_pretrained}
+_MODELS = {"vit": ViTConfig, "resnet": ResNetConfig, "pretrained": PretrainedConfig}
+# the head is for classes that may be new, so it is trained beside adapters
+_HEAD = nnx.All(nnx.Param, nnx.PathContains("head"))
+KIND = TaskKind(ImageInput, _MODELS, load, abstract, head=_HEAD)

@@ -2,26 +2,61 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import sacrebleu
 from flax import nnx
+from pydantic import Field
 
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.text.generate import translate
-from train.config import Config
+from train.config import LIST, Amount, Config, Count, Input, Int, ModelConfig, Share, checked
 from train.data.text import PairBucket, encode_pairs, read_texts
-from train.data.tokens import EOS, PAD, Bpe
-from train.inputs import PairInput
-from train.tasks.task import Metrics, Task
+from train.data.tokens import EOS, PAD, SMALLEST_BPE, Bpe, Tokenizer, largest_tokenizer
+from train.tasks.task import Metrics, Task, TaskKind
+
+
+@checked
+class PairInput(Input):
+    """vocab_size of the BPE trained on both languages; boundaries: the buckets' lengths.
+
+    beam_size and eval_translations: how, and how many sentences, the BLEU score is made of.
+    """
+
+    vocab_size: Annotated[Int, Field(ge=SMALLEST_BPE)]
+    boundaries: Annotated[tuple[Int, ...], LIST]
+    beam_size: Count
+    eval_translations: Amount
+
+    def __post_init__(self):
+        if not (self.boundaries and [0, *self.boundaries] == sorted({0, *self.boundaries})):
+            raise ValueError(
+                f"input.boundaries are {self.boundaries}, expected rising positive lengths"
+            )
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "bpe"
+
+
+@checked
+class TransformerConfig(ModelConfig):
+    """The arguments of `bdia_jax.models.transformer.Transformer`."""
+
+    width: Count
+    encoder_depth: Count
+    decoder_depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    dropout_rate: Share
 
 
 def load(config: Config) -> Task:
     """The task of a config whose input is a `PairInput`; its BPE comes from the training split."""
-    assert isinstance(config.input, PairInput)
-    options = config.input
+    options: PairInput = config.input
     languages = ("english", "french")
     train_texts, eval_texts = (
         list(read_texts(config.dataset, split, config.data_dir, *languages))
@@ -32,9 +67,6 @@ def load(config: Config) -> Task:
         encode_pairs(texts, tokenizer, options.boundaries) for texts in (train_texts, eval_texts)
     )
     longest = options.boundaries[-1]
-
-    def make_model(rngs: nnx.Rngs) -> nnx.Module:
-        return Transformer(tokenizer.vocab_size, longest, **config.model_arguments, rngs=rngs)
 
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """BLEU of each model on the first held-out pairs; translations.txt by the first."""
@@ -61,15 +93,28 @@ def load(config: Config) -> Task:
 
     count = sum(len(bucket.source) for bucket in train)
     note = f" (too long and left out: {train_dropped}, and {eval_dropped} held-out ones)"
+    return _make_task(config, tokenizer, train, held_out)._replace(
+        describe=f"{count:,} sentence pairs of {config.dataset}{note}", finish=finish
+    )
+
+
+def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+    """The task by its shapes: all pairs are of the longest bucket."""
+    options: PairInput = config.input
+    side: Any = jax.ShapeDtypeStruct((config.batch_size, options.boundaries[-1]), jnp.int32)
+    pairs = [PairBucket(side, side, side)]
+    return _make_task(config, tokenizer or largest_tokenizer(config), pairs, pairs)
+
+
+def _make_task(config: Config, tokenizer: Any, train: Any, held_out: Any) -> Task:
+    arguments = config.model_arguments
+    sizes = (tokenizer.vocab_size, config.input.boundaries[-1])
     return Task(
-        tuple(train),
-        tuple(held_out),
-        make_model,
-        lambda key, batch: batch,
-        _metrics,
-        f"{count:,} sentence pairs of {config.dataset}{note}",
-        finish,
-        tokenizer,
+        train_groups=tuple(train),
+        eval_groups=tuple(held_out),
+        make_model=lambda rngs: Transformer(*sizes, **arguments, rngs=rngs),
+        metrics=_metrics,
+        tokenizer=tokenizer,
     )
 
 
@@ -97,3 +142,6 @@ def _translate_all(
     ]
     ids = np.concatenate(batches)[: len(rows)]
     return [tokenizer.decode(row) for row in ids]
+
+
+KIND = TaskKind(PairInput, {"transformer": TransformerConfig}, load, abstract)
