@@ -11,8 +11,9 @@ FILE:KEY/KEY; HOW; HOW:
     vit_cifar10_small:results/plain/curves/eval/loss/1; min; .2f
 
 FILE is a .json in the folder, a .csv there (its first key is a run), or one of `VIEWS`, where rows
-have to be added up or named. A key with * is a pattern and gives a list. Each HOW is one of the
-dict `HOW`, or a format of Python's. A reference that begins with "?" may lead nowhere, to nothing.
+have to be added up or named. A key with * is a pattern, and makes a list of what follows. Each HOW
+is one of the dict `HOW`, or a format of Python's. A reference that begins with "?" may lead nowhere;
+it is nothing then.
 """
 
 import argparse
@@ -49,8 +50,8 @@ HOW: dict[str, Callable[[Any], Any]] = {
     "first 5": lambda values: mean(values[:5]),
     "last 5": lambda values: mean(values[-5:]),
 }
-_TABLE = re.compile(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
-_NUMBER = re.compile(r"(<!--n ([^>]*?)-->)(.*?)(<!--/n-->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!--n ([^>]*?)-->)(.*?)(<!--/n-->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- table:|<!-- end -->|<!--n |<!--/n-->")
 
 Load = Callable[[str], Any]  # the content of a file, by its name
@@ -136,9 +137,7 @@ class Results:
         place, *hows = (part.strip() for part in reference.split(";"))
         file, _, keys = place.removeprefix("?").partition(":")
         try:
-            value = self._load(file)
-            for key in keys.split("/"):
-                value = _get(value, key)
+            value = _field(self._load(file), keys.split("/"))
         except (OSError, LookupError, TypeError, ValueError) as error:
             if place.startswith("?"):
                 return ""
@@ -170,20 +169,23 @@ class Results:
         Raises:
             ValueError: a marker without its other half, or a table or reference there is none of.
         """
-        found = [*_TABLE.finditer(text), *_NUMBER.finditer(text)]
+        found = [*TABLE.finditer(text), *NUMBER.finditer(text)]
         if 2 * len(found) != len(_MARKER.findall(text)):
             raise ValueError("a marker of a table or a number lacks its other half")
-        for match in _TABLE.finditer(text):
+        for match in TABLE.finditer(text):
             if match[2] not in TABLES:
                 raise ValueError(f"no table {match[2]}; tables.toml has {', '.join(TABLES)}")
-        text = _TABLE.sub(lambda match: f"{match[1]}\n\n{self.table(match[2])}\n{match[4]}", text)
-        return _NUMBER.sub(lambda match: f"{match[1]}{self.value(match[2])}{match[4]}", text)
+        text = TABLE.sub(lambda match: f"{match[1]}\n\n{self.table(match[2])}\n{match[4]}", text)
+        return NUMBER.sub(lambda match: f"{match[1]}{self.value(match[2])}{match[4]}", text)
 
 
-def _get(value: Any, key: str) -> Any:
-    if "*" in key:
-        return [value[name] for name in value if fnmatchcase(name, key)]
-    return value[int(key) if isinstance(value, list) else key]
+def _field(value: Any, keys: list[str]) -> Any:
+    for index, key in enumerate(keys):
+        if "*" in key:
+            names = [name for name in value if fnmatchcase(name, key)]
+            return [_field(value[name], keys[index + 1 :]) for name in names]
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -201,8 +203,8 @@ def differences(root: Path = ROOT) -> Iterator[str]:
         except ValueError as error:
             yield f"{name}: {error}"
             continue
-        unused -= {match[2] for match in _TABLE.finditer(text)}
-        for pattern, what in ((_TABLE, "table"), (_NUMBER, "number")):
+        unused -= {match[2] for match in TABLE.finditer(text)}
+        for pattern, what in ((TABLE, "table"), (NUMBER, "number")):
             for old, new in zip(pattern.finditer(text), pattern.finditer(right), strict=True):
                 if old[3] != new[3]:
                     rows = zip_longest(old[3].split("\n"), new[3].split("\n"), fillvalue="nothing")
