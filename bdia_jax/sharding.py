@@ -74,7 +74,7 @@ def shard(model: nnx.Module, mesh: Mesh) -> None:
 
     Args:
         model: with arrays. One too large for a device is made abstract (`nnx.eval_shape`), and its
-            parameters then under `jax.jit(..., out_shardings=nnx.pure(param_shardings(...)))`.
+            parameters then under `jax.jit(..., out_shardings=nnx.as_pure(param_shardings(...)))`.
         mesh: of `make_mesh`.
 
     Example:
@@ -86,7 +86,7 @@ def shard(model: nnx.Module, mesh: Mesh) -> None:
     """
     set_mesh(model, mesh)
     params = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.device_put(params, nnx.pure(param_shardings(model, mesh))))
+    nnx.update(model, jax.device_put(params, nnx.as_pure(param_shardings(model, mesh))))
 
 
 def set_mesh(model: nnx.Module, mesh: Mesh | None) -> None:

@@ -312,7 +312,7 @@ def wide_mlp(params, x):
 
 
 def temp_bytes(block_fn, depth=8, **options):
-    shapes = {"q": (WIDE, WIDE), "in": (WIDE, 4 * WIDE), "out": (4 * WIDE, WIDE)}
+    shapes = {"q": (WIDE, WIDE), "in": (WIDE, 8 * WIDE), "out": (8 * WIDE, WIDE)}
     params = {k: jax.ShapeDtypeStruct((depth, *s), jnp.float32) for k, s in shapes.items()}
     x0 = jax.ShapeDtypeStruct((8, 256, WIDE), jnp.float32)
     gamma = jax.ShapeDtypeStruct((depth, 8), jnp.float32)

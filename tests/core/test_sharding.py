@@ -88,7 +88,7 @@ def test_parameters_are_split_by_heads_and_features_and_over_fsdp():
     )
     specs = {
         ".".join(map(str, path)): sharding.spec
-        for path, sharding in nnx.to_flat_state(nnx.pure(param_shardings(model, mesh)))
+        for path, sharding in nnx.to_flat_state(nnx.as_pure(param_shardings(model, mesh)))
     }
     blocks = "stack.blocks"
     for name in ("attention.query", "attention.key", "attention.value", "mlp.hidden"):
@@ -107,7 +107,7 @@ def test_a_users_matrices_are_split_over_fsdp_and_never_between_blocks():
             self.odd = nnx.Param(jnp.zeros((3, 5)))
 
     stack = nnx.eval_shape(lambda: BDIAStack(Block, 4, rngs=nnx.Rngs(0)))
-    specs = nnx.pure(param_shardings(stack, make_mesh(fsdp=2))).to_pure_dict()["blocks"]
+    specs = nnx.to_pure_dict(nnx.as_pure(param_shardings(stack, make_mesh(fsdp=2))))["blocks"]
     assert specs["w"].spec == P(None, None, "fsdp")
     assert specs["odd"].spec == P(None, None, None)
 
