@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import record
 from benchmarks.fuzz_cases import Case, make_case, make_tiny
-from train import cli, evaluate, export, generate, paper, prepare, report
+from train import cli, evaluate, export, generate, prepare, report
 from train.config import Config
 from train.datasets.registry import open_split
 from train.loop.program import check_fits, lower_steps, make_program
@@ -89,11 +89,13 @@ def _run(case: Case, arguments: list[str], scratch: Path, train: Callable[..., A
         _run_absl(name, arguments, train)
     else:
         module = {
-            **{"paper": paper, "report": report, "prepare": prepare},
-            **{"generate": generate, "evaluate": evaluate, "export": export},
+            "report": report,
+            "prepare": prepare,
+            "generate": generate,
+            "evaluate": evaluate,
+            "export": export,
         }[name]
-        with mock.patch("train.sweep.train", train):
-            module.main(arguments)
+        module.main(arguments)
 
 
 def checked(config: Config, workdir: str, command: str = "") -> dict[str, float]:
@@ -171,14 +173,14 @@ def _run_absl(name: str, arguments: list[str], train: Callable[..., Any]) -> Non
         for each, module in _MODULES.items():
             module = import_module(module)
             own = {f.name: f for f in flags.FLAGS.flags_by_module_dict()[module.__name__]}
-            if "config" in own:
+            if each == "train":
                 flags.mark_flag_as_required("config")
             _flags[each] = own
             for flag in own:
                 delattr(flags.FLAGS, flag)
     module: Any = import_module(_MODULES[name])
     stand_ins = {
-        "train": {"train": train, "memory_line": lambda *_: "", "join": lambda *_: None},
+        "train": {"train": train, "join": lambda *_: None},
         "sweep": {"train": train},
         "launch": {"launch": lambda *_: 0},
     }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.sweep import load_experiment
+from train.run.experiment import load_experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What a person, a script or a damaged file may put where a value is expected.
@@ -110,7 +110,7 @@ def make_case(seed: int) -> Case:
     """The same case for the same number."""
     rng = np.random.default_rng(seed)
     makers = (
-        *((_train, 9), (_sweep, 3), (_config, 6), (_config_json, 3), (_paper, 1), (_launch, 1)),
+        *((_train, 9), (_sweep, 3), (_config, 6), (_config_json, 3), (_sweep_all, 1), (_launch, 1)),
         *((_report, 1), (_prepare, 1), (_generate, 1), (_evaluate, 1), (_export, 1)),
     )
     functions, weights = zip(*makers, strict=True)
@@ -179,16 +179,16 @@ def _config_json(rng) -> Case:
     return Case("config.json", [], bytes(data))
 
 
-def _paper(rng) -> Case:
-    arguments = ["--out={S}/out", "--workdir={S}/paper", "--only", "vit_digits"]
+def _sweep_all(rng) -> Case:
+    arguments = ["--all", "--out={S}/out", "--workdir={S}/all"]
     if rng.random() < 0.5:
         arguments += ["--scale", _pick(rng, ("smoke", "", "small", "smok", *TEXTS[:20]))]
     fields = _fields("vit_digits")
-    changes = [
-        _pick(rng, ("", "x", _pick(rng, [*fields]) + "=")) + _pick(rng, TEXTS)
+    arguments += [
+        "--set=" + _pick(rng, ("", "x", _pick(rng, [*fields]) + "=")) + _pick(rng, TEXTS)
         for _ in range(rng.integers(0, 3))
     ]
-    return Case("paper", _spoilt(rng, arguments + (["--set", *changes] if changes else [])))
+    return Case("sweep", _spoilt(rng, arguments))
 
 
 def _launch(rng) -> Case:

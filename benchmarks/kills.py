@@ -9,7 +9,6 @@ import dataclasses
 import multiprocessing
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -19,22 +18,21 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
+import train.loop.train
 from benchmarks import record
 from configs import vit_digits
 from train.config import Config
 from train.loop.log import read_records
-from train.loop.program import make_program
-from train.loop.train import train
-from train.run.checkpoint import Checkpoints
-from train.tasks import load_task, open_config
+from train.tasks import open_config
 
 TMP = ".orbax-checkpoint-tmp"
 
 
-def make_config(data_dir: str, arg: str = "smoke", num_steps: int = 24) -> Config:
+def make_config(data_dir: str, num_steps: int) -> Config:
     """A run of configs/vit_digits.py that saves after every step."""
-    config = vit_digits.get_config(arg).unlock()
+    config = vit_digits.get_config("smoke").unlock()
     config.update({"data_dir": data_dir, "num_steps": num_steps})
     config.update({"log_every_steps": 1, "eval_every_steps": 4, "checkpoint_every_steps": 1})
     return open_config(config.lock())
@@ -45,24 +43,20 @@ class Runs:
 
     Args:
         config: of every run.
-        folder: for workdirs and what is compiled.
-        unoptimized: whether programs are to compile fast rather than run fast.
+        folder: for workdirs.
+        cache: folder of what is compiled, for all of them.
+        load_task: config -> the task, if it is not to be the config's.
     """
 
-    def __init__(self, config: Config, folder: Path, unoptimized: bool = False):
+    def __init__(self, config: Config, folder: Path, cache: str, load_task: Any = None):
         self.config, self.folder = config, folder
-        self._settings = {
-            "jax_compilation_cache_dir": str(folder / "compiled"),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-            "jax_disable_most_optimizations": unoptimized,
-        }
+        self._with = (cache, load_task)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["train.loop.train", "configs.vit_digits"])
 
     def start(self, workdir: Path) -> Any:
         """A process that trains on `workdir`."""
-        arguments = (self.config, str(workdir), self._settings)
+        arguments = (self.config, str(workdir), *self._with)
         process = self._context.Process(target=_train, args=arguments)
         process.start()
         return process
@@ -79,13 +73,16 @@ class Runs:
         return times[1] - times[0], (times[2] - times[1]) / self.config.num_steps
 
 
-def _train(config: Config, workdir: str, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
+def _train(config: Config, workdir: str, cache: str, load_task: Any) -> None:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     out = os.open(str(Path(workdir).with_suffix(".log")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    train(config, workdir)
+    if load_task is not None:
+        train.loop.train.load_task = load_task
+    train.loop.train.train(config, workdir)
 
 
 def _check_ended_well(process: Any, workdir: Path) -> None:
@@ -121,34 +118,30 @@ def kill(
     moment = "steps" if stepping() else "start"
     if _unfinished(workdir) - unfinished:
         moment = "save"
-    return {"moment": moment, "saved": max(_saved(workdir), default=0)}
+    saved = [int(path.name) for path in _checkpoints(workdir) if path.name.isdigit()]
+    return {"moment": moment, "saved": max(saved, default=0)}
 
 
 def measure(runs: Runs, kills: int, seed: int) -> dict[str, Any]:
     """`kills` kills of as many runs as it takes, and how many elements of their ends differ."""
     rng = random.Random(seed)
-    straight = runs.folder / "straight"
-    runs.finish(straight)
-    expected = final_arrays(straight, runs.config)
-    again = runs.folder / "again"
-    seconds = runs.finish(again)  # with all programs compiled
-    hits, count, differing, number = [], 0, differ(final_arrays(again, runs.config), expected), 0
+    straight, last = runs.folder / "straight", runs.config.num_steps
+    seconds = runs.finish(straight)
+    expected = arrays(straight, last)
+    hits, count, differing, number = [], 0, 0, 0
     while len(hits) < kills:
         workdir = runs.folder / f"killed{number}"
         hit: dict | None = {}
         while hit is not None and len(hits) < kills:
-            steps = 0 if len(hits) % 4 == 3 else runs.config.num_steps // 3
-            hit = kill(runs, workdir, rng, steps, seconds)
+            hit = kill(runs, workdir, rng, 0 if len(hits) % 4 == 3 else last // 3, seconds)
             hits += [hit] if hit else []
         runs.finish(workdir)
-        found = final_arrays(workdir, runs.config)
+        found = arrays(workdir, last)
         differing += differ(found, expected)
         count += sum(array.size for array in found)
-        same = _metrics(workdir) == _metrics(straight)
-        if not same:
+        if _losses(workdir) != _losses(straight):
             raise RuntimeError(f"run {number} of seed {seed} has other metrics than the other run")
         number += 1
-    shutil.rmtree(straight / "checkpoints" / str(runs.config.num_steps))
     return {
         "kills": len(hits),
         "seed": seed,
@@ -157,16 +150,14 @@ def measure(runs: Runs, kills: int, seed: int) -> dict[str, Any]:
         "before_first_checkpoint": sum(not hit["saved"] for hit in hits),
         "compared_elements": count,
         "differing_elements": differing,
-        "differing_elements_one_step_before": differ(final_arrays(straight, runs.config), expected),
+        "differing_elements_one_step_before": differ(arrays(straight, last - 1), expected),
         "hits": hits,
     }
 
 
-def final_arrays(workdir: Path, config: Config) -> list[np.ndarray]:
-    """All arrays of the newest state."""
-    program = make_program(config, load_task(config))
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
+def arrays(workdir: Path, step: int) -> list[np.ndarray]:
+    """All arrays of a checkpoint, as Orbax alone reads it."""
+    state = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -180,7 +171,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
-def _metrics(workdir: Path) -> list[tuple]:
+def _losses(workdir: Path) -> list[tuple]:
     return [(r["step"], r["kind"], r["loss"]) for r in read_records(workdir) if "loss" in r]
 
 
@@ -194,17 +185,10 @@ def _is_stepping(workdir: Path) -> Callable[[], bool]:
     return lambda: starts() > before
 
 
-def _saved(workdir: Path) -> list[int]:
-    return [int(path.name) for path in _checkpoints(workdir) if path.name.isdigit()]
-
-
 def _unfinished(workdir: Path) -> set[tuple[str, int]]:
     """Saves that were not complete."""
-    found = set()
-    for path in _checkpoints(workdir):
-        if TMP in path.name:
-            found.add((path.name, path.stat().st_ino))
-    return found
+    paths = [path for path in _checkpoints(workdir) if TMP in path.name]
+    return {(path.name, path.stat().st_ino) for path in paths}
 
 
 def _checkpoints(workdir: Path) -> list[Path]:
@@ -218,9 +202,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--seed", type=int, default=0, help="of the moments")
     args = record.parse(options, argv)
     kills, steps = (2, 6) if args.toy else (20, 24)
-    with tempfile.TemporaryDirectory() as folder:
-        config = make_config(str(Path(folder) / "data"), num_steps=steps)
-        results = measure(Runs(config, Path(folder)), kills, args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = make_config(str(folder / "data"), steps)
+        results = measure(Runs(config, folder, str(folder / "compiled")), kills, args.seed)
     config = dataclasses.asdict(config) | {"data_dir": ""}
     record.write("kills", results, config, argv=argv, args=args)
     print({name: value for name, value in results.items() if name != "hits"})

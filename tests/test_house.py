@@ -31,8 +31,9 @@ TRAIN = [
     ["loop"],
     ["inference"],
     ["plan"],
+    ["report"],
     ["sweep"],
-    ["__main__", "report", "prepare", "launch", "generate", "evaluate", "export"],
+    ["__main__", "prepare", "launch", "generate", "evaluate", "export"],
 ]
 MAY_IMPORT = {
     "bdia_jax": {"bdia_jax"},

@@ -7,8 +7,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from train import cli
-from train.devices.processes import is_first, join
-from train.loop.train import memory_line, train
+from train.devices.processes import join
+from train.loop.train import train
 from train.tasks import open_config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,8 +32,6 @@ def main(argv):
     join(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = open_config(_CONFIG.value)
     train(config, _WORKDIR.value, shlex.join(["python", "-m", "train", *sys.argv[1:]]))
-    if config.backprop == "reversible" and is_first():
-        print(memory_line(config, _WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     """
     try:
         left = flags.FLAGS(arguments)
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             _check_loaded(flags.FLAGS["config"].value)
         return left
     except Exception as error:  # of the config file, too, which is a program of its own

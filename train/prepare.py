@@ -15,9 +15,9 @@ from typing import Any
 
 from train.cli import parse_args, told
 from train.datasets.archive import read_files
-from train.datasets.local_file import Examples, LocalFileBuilder, Source
-from train.datasets.registry import BUNDLED, LOCAL, source_note
-from train.datasets.write import write
+from train.datasets.builder import Example
+from train.datasets.local_file import LocalFileBuilder, Source
+from train.datasets.registry import BUNDLED, LOCAL, source_note, write
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -84,7 +84,7 @@ def _builder_class(name: str) -> type[LocalFileBuilder]:
 
 
 def _differences(
-    cls: type[LocalFileBuilder], files: dict[str, bytes], splits: dict[str, Examples]
+    cls: type[LocalFileBuilder], files: dict[str, bytes], splits: dict[str, list[Example]]
 ) -> list[str]:
     wrong = []
     found = {split: len(examples) for split, examples in splits.items()}

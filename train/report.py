@@ -17,9 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train.cli import parse_args, told
-from train.loop.log import read_records
-from train.loop.train import NOT_METRICS
-from train.sweep import load_experiment
+from train.loop.log import metrics_of, read_records
+from train.run.experiment import load_experiment, read_experiment
+
+_GAMMA = "accuracy_gamma_"  # and a constant gamma at inference: a metric for Fig. 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,72 +49,48 @@ def read_sweep(workdir: Path) -> tuple[Any, dict[str, Any], list[Run]]:
     Raises:
         ValueError: not the workdir of a sweep, or nothing in it to report yet.
     """
-    about = _read_about(workdir)
+    about = read_experiment(workdir)
     module = load_experiment(about["config"])
     paper = {} if about["scale"] else module.PAPER  # its numbers are of its sizes
-    waiting = [name for name in module.RUNS if not _is_evaluated(workdir / name)]
-    runs = []
+    runs, not_run = [], []
     for name in module.RUNS:
-        if name not in waiting:
-            try:
-                runs.append(_read_run(workdir / name, paper.get(name)))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{workdir / name} is damaged, or of another version of this program "
-                    f"({type(error).__name__}: {error}); sweep into a new workdir"
-                ) from error
+        records = read_records(workdir / name)
+        if not any(record["kind"] == "eval" for record in records):
+            not_run.append(name)
+            continue
+        try:
+            runs.append(_read_run(workdir / name, records, paper.get(name)))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{workdir / name} is damaged, or of another version of this program "
+                f"({type(error).__name__}: {error}); sweep into a new workdir"
+            ) from error
     if not runs:
         raise ValueError(f"no run in {workdir} has been evaluated yet")
-    return module, about | {"not_run": waiting}, runs
+    return module, about | {"not_run": not_run}, runs
 
 
-def _read_about(workdir: Path) -> dict[str, Any]:
-    file = workdir / "experiment.json"
-    if not file.exists():
-        raise ValueError(f"{workdir} has no experiment.json; it is not made by train.sweep")
-    try:
-        about = json.loads(file.read_text("utf-8"))
-        kinds = {"config": str, "scale": str, "overrides": dict}
-        if not all(isinstance(about[name], kind) for name, kind in kinds.items()):
-            raise TypeError("a field of a wrong type")
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}); sweep into a new workdir and "
-            "copy the experiment.json from there"
-        ) from error
-    return about
-
-
-def _is_evaluated(workdir: Path) -> bool:
-    return any(record["kind"] == "eval" for record in read_records(workdir))
-
-
-def _read_run(workdir: Path, paper: float | None) -> Run:
-    records = read_records(workdir)
+def _read_run(workdir: Path, records: list[dict[str, Any]], paper: float | None) -> Run:
     config = json.loads((workdir / "config.json").read_text("utf-8"))
-    of_kind = {
-        kind: [record for record in records if record["kind"] == kind]
+    starts, trains, evals, finals = (
+        [record for record in records if record["kind"] == kind]
         for kind in ("start", "train", "eval", "final")
-    }
-    start = of_kind["start"][-1]
-    last = of_kind["eval"][-1]
-    final = {name: _seeds(last, name) for name in last if name not in NOT_METRICS}
-    for record in of_kind["final"]:
-        final |= {name: _seeds(record, name) for name in record if name not in NOT_METRICS}
+    )
+    start, last = starts[-1], evals[-1]
+    per_epoch = start["steps_per_epoch"]
     # the first epoch is for warming up
-    later = [r for r in of_kind["train"] if r["step"] > start["steps_per_epoch"]]
-    speeds = [r["examples_per_second"] for r in later or of_kind["train"]]
-    examples = start["steps_per_epoch"] * config["batch_size"] * config["num_seeds"]
+    later = [record for record in trains if record["step"] > per_epoch]
+    speed = statistics.median(record["examples_per_second"] for record in later or trains)
     return Run(
         name=workdir.name,
         paper=paper,
         steps=last["step"],
         num_steps=config["num_steps"],
-        epochs=last["step"] / start["steps_per_epoch"],
-        seconds_per_epoch=examples / statistics.median(speeds),
+        epochs=last["step"] / per_epoch,
+        seconds_per_epoch=per_epoch * config["batch_size"] * config["num_seeds"] / speed,
         temp_bytes=start["temp_bytes"],
-        final=final,
-        curves={kind: _curves(of_kind[kind]) for kind in ("train", "eval")},
+        final={name: _seeds(each, name) for each in [last, *finals] for name in metrics_of(each)},
+        curves={"train": _curves(trains), "eval": _curves(evals)},
         origin={name: start[name] for name in ("device", "versions", "date", "data_note")}
         | {"command": _command(start["command"])},
     )
@@ -125,7 +102,7 @@ def _seeds(record: dict, name: str) -> list[float]:
 
 
 def _curves(records: list[dict]):
-    names = [n for n in ("loss", "accuracy") if records and n in records[0]]
+    names = [name for name in ("loss", "accuracy") if records and name in records[0]]
     return {
         name: (
             [record["step"] for record in records],
@@ -140,10 +117,11 @@ def _command(command: str) -> str:
     """The command line without folders of the machine it ran on."""
     kept, skip = [], False
     for word in shlex.split(command):
-        is_folder = word.split("=")[0] in ("--workdir", "--out", "--config.data_dir", "data_dir")
+        name = word.removeprefix("--set=").split("=")[0]
+        is_folder = name in ("--workdir", "--out", "--config.data_dir", "data_dir")
         if not skip and not is_folder:
             kept.append(word)
-        skip = is_folder and word.startswith("--") and "=" not in word  # its value comes next
+        skip = is_folder and "=" not in word  # its value comes next
     return shlex.join(kept)
 
 
@@ -155,7 +133,7 @@ def rows(runs: list[Run], metric: str) -> list[dict[str, str]]:
         if any(other.paper is not None for other in runs):
             row["paper"] = "" if run.paper is None else f"{run.paper:.2f}"
         for name, values in run.final.items():
-            if not name.startswith("accuracy_gamma_"):
+            if not name.startswith(_GAMMA):
                 row[name] = _mean_and_std(name, values)
         if metric == "loss":
             row["lowest loss"] = f"{min(run.curves['eval']['loss'][1]):.4f}"
@@ -177,29 +155,21 @@ def _mean_and_std(name: str, values: list[float]) -> str:
     return text
 
 
-def _header(table: list[dict[str, str]]) -> list[str]:
-    """All columns; a run that is not finished lacks some."""
-    return list(dict.fromkeys(name for row in table for name in row))
-
-
-def write_markdown(
-    path: Path, title: str, table: list[dict[str, str]], runs: list[Run], not_run: list[str]
-) -> None:
+def _markdown(title: str, header: list[str], table: list[dict], runs: list[Run], not_run) -> str:
     """The table, with where its numbers come from below."""
-    header = _header(table)
     lines = [f"# {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row.get(name, "") for name in header) + " |" for row in table]
-    lines += [""]
-    lines += [f"Not run yet: {', '.join(not_run)}.", ""] if not_run else []
-    for origin in {_origin(run): None for run in runs}:
-        lines += [origin, ""]
+    lines += ["", f"Not run yet: {', '.join(not_run)}."] if not_run else []
+    for origin in dict.fromkeys(_origin(run) for run in runs):
+        lines += ["", origin]
     lines += [
+        "",
         "± is the standard deviation over seeds, which are trained side by side: seconds and "
         "memory are of all of them together.",
     ]
     notes = {run.origin["data_note"] for run in runs} - {None}
     lines += [f"Data: {note}." for note in sorted(notes)]
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _origin(run: Run) -> str:
@@ -211,8 +181,11 @@ def _origin(run: Run) -> str:
 def draw(path: Path, runs: list[Run]) -> None:
     """Training (thin) and validation curves, and accuracy against gamma at inference (Fig. 1)."""
     metrics = list(runs[0].curves["eval"])
-    gammas = [run for run in runs if any(name.startswith("accuracy_gamma_") for name in run.final)]
-    count = len(metrics) + bool(gammas)
+    gammas = [
+        {float(name.removeprefix(_GAMMA)): run.final[name] for name in run.final if _GAMMA in name}
+        for run in runs
+    ]
+    count = len(metrics) + any(gammas)
     figure, axes = plt.subplots(
         1, count, figsize=(4.6 * count, 3.4), layout="constrained", squeeze=False
     )
@@ -223,28 +196,14 @@ def draw(path: Path, runs: list[Run]) -> None:
             steps, mean, std = (np.asarray(v) for v in run.curves["eval"][metric])
             axis.plot(steps, mean, f"C{index}o-", linewidth=1.6, markersize=3, label=run.name)
             axis.fill_between(steps, mean - std, mean + std, color=f"C{index}", alpha=0.2)
-        axis.set_xlabel("step")
-        axis.set_ylabel(f"{metric} (thin: training)")
-    for index, run in enumerate(runs):
-        if run not in gammas:
-            continue
-        points = sorted(
-            (float(name.removeprefix("accuracy_gamma_")), values)
-            for name, values in run.final.items()
-            if name.startswith("accuracy_gamma_")
-        )
-        axes[0][-1].errorbar(
-            [gamma for gamma, _ in points],
-            [100 * np.mean(values) for _, values in points],
-            [100 * np.std(values) for _, values in points],
-            color=f"C{index}",
-            marker="o",
-            markersize=3,
-            capsize=2,
-            label=run.name,
-        )
-        axes[0][-1].set_xlabel("constant gamma at inference")
-        axes[0][-1].set_ylabel("accuracy, %")
+        axis.set(xlabel="step", ylabel=f"{metric} (thin: training)")
+    for index, of_run in enumerate(gammas):
+        if of_run:
+            points = [(gamma, 100 * np.asarray(of_run[gamma])) for gamma in sorted(of_run)]
+            columns = zip(*((gamma, v.mean(), v.std()) for gamma, v in points), strict=True)
+            style = {"color": f"C{index}", "marker": "o", "markersize": 3, "capsize": 2}
+            axes[0][-1].errorbar(*columns, label=runs[index].name, **style)
+            axes[0][-1].set(xlabel="constant gamma at inference", ylabel="accuracy, %")
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
@@ -259,25 +218,25 @@ def report(workdir: Path, out: Path) -> str:
         ValueError: as `read_sweep`.
     """
     module, about, runs = read_sweep(workdir)
-    metric = getattr(module, "METRIC", "accuracy")
     changes = [f"{k}={v}" for k, v in about["overrides"].items() if k != "num_seeds"]
     changes += [f"scale {about['scale']}"] if about["scale"] else []
-    title = module.__doc__.splitlines()[0].rstrip(".") + (
-        f" ({', '.join(changes)})" if changes else ""
-    )
+    title = module.__doc__.splitlines()[0].rstrip(".")
+    title += f" ({', '.join(changes)})" if changes else ""
+    table = rows(runs, getattr(module, "METRIC", "accuracy"))
+    header = list(dict.fromkeys(name for row in table for name in row))  # not finished: fewer
+    document = {"title": title, **about, **runs[0].origin}
+    document |= {"results": {run.name: dataclasses.asdict(run) for run in runs}}
+    text = _markdown(title, header, table, runs, about["not_run"])
     stem = "_".join(filter(None, (Path(about["config"]).stem, about["scale"])))
-    table = rows(runs, metric)
     out.mkdir(parents=True, exist_ok=True)
-    write_markdown(out / f"{stem}.md", title, table, runs, about["not_run"])
+    (out / f"{stem}.md").write_text(text)
     with (out / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, _header(table), restval="")
+        writer = csv.DictWriter(file, header, restval="")
         writer.writeheader()
         writer.writerows(table)
     draw(out / f"{stem}.png", runs)
-    document = {"title": title, **about, **runs[0].origin}
-    document |= {"results": {run.name: dataclasses.asdict(run) for run in runs}}
     (out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    return (out / f"{stem}.md").read_text()
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,15 +1,20 @@
-"""All runs of an experiment, one after the other: python -m train.sweep --config=configs/x.py
+"""All runs of an experiment, one after the other, or all experiments.
+
+    python -m train.sweep --config=configs/x.py [--scale=smoke] [--config.num_seeds=5]
+    python -m train.sweep --all --out=benchmarks/results [--scale=smoke] [--set=num_seeds=1]
 
 Each run has a folder of its own in the workdir and is resumed there, so an interrupted sweep
 is continued by the same command. `python -m train.report WORKDIR` makes its tables and figures.
+
+--all is the whole paper, the most important first, with its tables and figures in --out. What is
+wrong with an experiment, as data that are not prepared, is told, and the others go on. Fine-tuning
+(configs/gpt2_e2e.py) is not among them: it starts from a checkpoint that you bring.
 """
 
-import importlib.util
-import json
+import ast
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,17 +22,39 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from train import cli
-from train.config import Config
 from train.datasets.registry import open_builder
 from train.loop.train import train
-from train.tasks import open_config
+from train.report import report
+from train.run.experiment import claim, make_configs
+
+# name: seeds trained side by side. Table 1 on CIFAR-10 first; with it Fig. 1 and 3.
+EXPERIMENTS = {
+    "vit_cifar10": 3,
+    "vit_cifar100": 3,
+    "gamma_cifar10": 3,
+    "gpt2_openwebtext": 1,
+    "translation_enfr": 1,
+    "epoch_time_cifar10": 1,
+    "quantization_cifar10": 3,
+    "dropout_cifar10": 3,
+    "depth_cifar10": 3,
+    "linformer_cifar10": 3,
+    "resnet15_cifar10": 3,
+    "vit_digits": 5,
+}
+_CONFIGS = Path(__file__).parent.parent / "configs"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment; --config.field=value changes a field of all of its runs."
 )
 _SCALE = flags.DEFINE_string("scale", "", "A smaller size of the experiment: smoke or small.")
 _RUNS = flags.DEFINE_list("runs", [], "Only these runs.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where results go; runs/NAME by default.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Where results go; runs/NAME by default. With --all the folder of all NAMEs."
+)
+_ALL = flags.DEFINE_bool("all", False, "All experiments instead of one.")
+_OUT = flags.DEFINE_string("out", "", "With --all: the folder for tables and figures.")
+_SET = flags.DEFINE_multi_string("set", [], "With --all: FIELD=VALUE, a change of every config.")
 
 
 def sweep(
@@ -41,11 +68,8 @@ def sweep(
     """Trains every run of an experiment.
 
     Args:
-        file: the experiment, a file in configs/.
+        file, scale, only, overrides: as of `make_configs`.
         workdir: gets experiment.json and a workdir for each run.
-        scale: "" for the paper's size.
-        only: names of runs; all by default.
-        overrides: changes of every run, {"model.width": 32}.
         command: the command line, for the record.
 
     Returns:
@@ -59,103 +83,76 @@ def sweep(
     configs = make_configs(file, scale, only, overrides)
     for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs.values()}:
         open_builder(dataset, data_dir)  # better told now than between two runs
-    path = Path(workdir)
-    changes = {name: value for name, value in overrides.items() if name != "data_dir"}
-    _claim(path, {"config": _from_here(file), "scale": scale, "overrides": changes})
+    claim(Path(workdir), file, scale, overrides)
     failures = []
     for name, config in configs.items():
         print(f"=== {name}", flush=True)
         try:
-            train(config, str(path / name), command)
+            train(config, str(Path(workdir) / name), command)
         # a loss that is not finite, or too little memory, need not cost the other runs
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             failures.append(f"{name}: {error}")
     return failures
 
 
-def make_configs(
-    file: str,
-    scale: str = "",
-    only: list[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> dict[str, Config]:
-    """The config of each run of an experiment. Arguments and errors: as `sweep`."""
-    experiment = load_experiment(file)
-    wrong = [name for name in only or () if name not in experiment.RUNS]
-    wrong += [scale] if scale and scale not in experiment.SCALES else []
-    if wrong:
-        raise ValueError(
-            f"no {', '.join(map(repr, wrong))} in {file}; its runs are "
-            f"{', '.join(experiment.RUNS)}, its scales {', '.join(experiment.SCALES)}"
-        )
-    configs = {}
-    for name in only or experiment.RUNS:
-        config = experiment.get_config(",".join(filter(None, (name, scale))))
+def sweep_all(
+    workdir: Path, out: Path, scale: str, overrides: dict[str, Any], command: str
+) -> list[str]:
+    """Sweeps every experiment into its folder in `workdir`, and reports it into `out`.
+
+    Arguments and what it returns are as of `sweep`; num_seeds is that of EXPERIMENTS by default.
+    """
+    failures = []
+    for name, num_seeds in EXPERIMENTS.items():
+        print(f"##### {name}", flush=True)
+        file, folder = str(_CONFIGS / f"{name}.py"), workdir / _stem(name, scale)
+        changes = {"num_seeds": num_seeds} | overrides
         try:
-            config.update_from_flattened_dict(overrides or {})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{overrides} does not fit {file}: {error}") from error
-        configs[name] = open_config(config)
-    return configs
+            failed = sweep(file, str(folder), scale, None, changes, command)
+            failures += [f"{name}: {failure}" for failure in failed]
+            print(report(folder, out))
+        except (ValueError, FileNotFoundError) as error:
+            if type(error) not in (ValueError, FileNotFoundError):
+                raise
+            failures.append(f"{name}: {error}")
+    return failures
 
 
-def load_experiment(file: str) -> ModuleType:
-    """A file in configs/ as a module: RUNS, PAPER, SCALES and get_config."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None or not Path(file).exists():
-        raise ValueError(
-            f"{file} is no experiment; expected a Python file such as configs/x.py (a size is "
-            "chosen by --scale, runs by --runs)"
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    missing = [
-        name for name in ("RUNS", "SCALES", "PAPER", "get_config") if not hasattr(module, name)
-    ]
-    if missing or not module.__doc__:
-        missing += [] if module.__doc__ else ["docstring"]
-        raise ValueError(f"{file} has no {', '.join(missing)}; see configs/vit_digits.py for one")
-    return module
+def _stem(name: str, scale: str) -> str:
+    return "_".join(filter(None, (name, scale)))
 
 
-def _from_here(file: str) -> str:
-    """The path as it is found again, without folders of the machine where that is possible."""
-    path = Path(file).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _claim(path: Path, experiment: dict[str, Any]) -> None:
-    """Writes experiment.json, or checks that the folder is of this experiment."""
-    file = path / "experiment.json"
+def _value(text: str) -> Any:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        old = json.loads(file.read_text()) if file.exists() else None
-        if old is None and any(path.iterdir()):
-            raise ValueError(f"{path} has files but no experiment.json; take another --workdir")
-        if old is None:
-            file.write_text(json.dumps(experiment) + "\n")
-    except OSError as error:
-        raise ValueError(f"workdir {path} cannot be used: {error.strerror}") from error
-    experiment = json.loads(json.dumps(experiment))
-    if old is not None and old != experiment:
-        raise ValueError(f"{path} holds {old}, not {experiment}; take another --workdir")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; options look like --runs=plain")
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell every step they take
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    default = "_".join(filter(None, (Path(file).stem, _SCALE.value)))
-    workdir = _WORKDIR.value or f"runs/{default}"
     command = shlex.join(["python", "-m", "train.sweep", *sys.argv[1:]])
-    failures = sweep(file, workdir, _SCALE.value, _RUNS.value, overrides, command)
+    scale, config = _SCALE.value, flags.FLAGS["config"]
+    given = (config.value is not None, _ALL.value, bool(_OUT.value))
+    if given not in ((True, False, False), (False, True, True)):
+        raise ValueError("expected --config=configs/x.py, or --all and --out=FOLDER")
+    if _ALL.value:
+        changes = dict(setting.partition("=")[::2] for setting in _SET.value)
+        overrides = {field: _value(text) for field, text in changes.items()}
+        workdir = Path(_WORKDIR.value or "runs")
+        failures = sweep_all(workdir, Path(_OUT.value), scale, overrides, command)
+    else:
+        file = config_flags.get_config_filename(config)
+        overrides = config_flags.get_override_values(config)
+        workdir = _WORKDIR.value or f"runs/{_stem(Path(file).stem, scale)}"
+        failures = sweep(file, workdir, scale, _RUNS.value, overrides, command)
     if failures:
         sys.exit("error: " + "\n".join(failures))
-    print(f"tables and figures: python -m train.report {workdir}")
+    if not _ALL.value:
+        print(f"tables and figures: python -m train.report {workdir}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -4,12 +4,13 @@ from itertools import chain
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from train.data.batches import Batches
 
+KEY = jax.random.key(0)
 
-def seen(batches, key, steps):
+
+def seen(batches, steps, key=KEY):
     """(group, example) of every example of every step."""
     out = []
     for step in steps:
@@ -24,19 +25,19 @@ def flat(steps):
 
 
 def test_every_epoch_sees_every_example_once():
-    batches, key = Batches([20], 5), jax.random.key(0)
-    steps = seen(batches, key, range(8))
+    batches = Batches([20], 5)
+    steps = seen(batches, range(8))
     first, second = flat(steps[:4]), flat(steps[4:])
     assert batches.steps_per_epoch == 4
     assert sorted(first) == sorted(second) == [(0, n) for n in range(20)]
     assert first != second
-    assert seen(batches, key, [6]) == [steps[6]]  # a function of the step alone
-    assert flat(seen(batches, jax.random.key(1), range(4))) != first
+    assert seen(batches, [6]) == [steps[6]]  # a function of the step alone
+    assert flat(seen(batches, range(4), jax.random.key(1))) != first
 
 
 def test_groups_are_mixed_and_each_seen_once():
-    batches, key = Batches([12, 3, 8], 4), jax.random.key(0)  # the small group: a batch of 3
-    steps = seen(batches, key, range(12))
+    batches = Batches([12, 3, 8], 4)  # the small group: a batch of 3
+    steps = seen(batches, range(12))
     assert batches.steps_per_epoch == 6
     everything = [(group, n) for group, size in enumerate([12, 3, 8]) for n in range(size)]
     assert sorted(flat(steps[:6])) == sorted(flat(steps[6:])) == everything
@@ -45,15 +46,7 @@ def test_groups_are_mixed_and_each_seen_once():
 
 
 def test_incomplete_batch_is_left_out():
-    batches, key = Batches([11], 4), jax.random.key(0)
-    steps = seen(batches, key, range(4))
+    steps = seen(Batches([11], 4), range(4))
     first, second = flat(steps[:2]), flat(steps[2:])
     assert len(set(first)) == len(set(second)) == 8
     assert set(first) != set(second)
-
-
-def test_located_inside_jit():
-    batches = Batches([12, 8], 4)
-    for step in range(10):
-        expected = batches.locate(jnp.int32(step))
-        np.testing.assert_array_equal(jax.jit(batches.locate)(jnp.int32(step)), expected)

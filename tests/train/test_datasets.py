@@ -1,38 +1,25 @@
-"""Builders of our own: bundled sets, numbers in words, splits, archives, and the registry."""
+"""Data sets of our own: bundled ones, splits, how files are parsed, and the registry."""
 
-import bz2
-import gzip
 import io
 import json
-import lzma
 import pickle
 import sys
-import tarfile
-import zipfile
 from collections import Counter
 from typing import ClassVar
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
+from toy_files import cifar_files, kaggle_csv
 
 from train.datasets import registry
-from train.datasets.archive import read_files
-from train.datasets.cifar import Cifar10, Cifar100, load_arrays
-from train.datasets.connected import connected
-from train.datasets.hash_split import bucket
+from train.datasets.cifar import Cifar10, load_arrays
 from train.datasets.kaggle_enfr import KaggleEnfr, split_key
+from train.datasets.local_file import read_csv
 from train.datasets.numbers_enfr import english, french
 from train.datasets.openwebtext_sample import OpenwebtextSample
 from train.datasets.pydoc import Pydoc, split_topics
 from train.datasets.registry import BUNDLED, LOCAL, footnote, in_chunks, open_builder, open_split
-from train.datasets.text_file import read_csv
-from train.datasets.write import write
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tfds"))
+from train.datasets.splits import bucket, connected
 
 
 def read(builder, split):
@@ -42,49 +29,38 @@ def read(builder, split):
     ]
 
 
-# number, English, French: the places where French and English spelling turn
-SPELLING = [
-    (0, "zero", "zéro"),
-    (16, "sixteen", "seize"),
-    (17, "seventeen", "dix-sept"),
-    (20, "twenty", "vingt"),
-    (21, "twenty-one", "vingt et un"),
-    (22, "twenty-two", "vingt-deux"),
-    (61, "sixty-one", "soixante et un"),
-    (70, "seventy", "soixante-dix"),
-    (71, "seventy-one", "soixante et onze"),
-    (72, "seventy-two", "soixante-douze"),
-    (77, "seventy-seven", "soixante-dix-sept"),
-    (80, "eighty", "quatre-vingts"),
-    (81, "eighty-one", "quatre-vingt-un"),
-    (90, "ninety", "quatre-vingt-dix"),
-    (91, "ninety-one", "quatre-vingt-onze"),
-    (99, "ninety-nine", "quatre-vingt-dix-neuf"),
-    (100, "one hundred", "cent"),
-    (101, "one hundred and one", "cent un"),
-    (121, "one hundred and twenty-one", "cent vingt et un"),
-    (180, "one hundred and eighty", "cent quatre-vingts"),
-    (200, "two hundred", "deux cents"),
-    (201, "two hundred and one", "deux cent un"),
-    (580, "five hundred and eighty", "cinq cent quatre-vingts"),
-    (1000, "one thousand", "mille"),
-    (1001, "one thousand and one", "mille un"),
-    (1100, "one thousand one hundred", "mille cent"),
-    (2000, "two thousand", "deux mille"),
-    (2071, "two thousand and seventy-one", "deux mille soixante et onze"),
-    (4200, "four thousand two hundred", "quatre mille deux cents"),
-    (
-        9999,
-        "nine thousand nine hundred and ninety-nine",
-        "neuf mille neuf cent quatre-vingt-dix-neuf",
-    ),
-]
+# --- bundled sets --------------------------------------------------------------------
+
+# where French and English spelling turn
+SPELLING = """
+0: zero, zéro
+17: seventeen, dix-sept
+20: twenty, vingt
+21: twenty-one, vingt et un
+22: twenty-two, vingt-deux
+61: sixty-one, soixante et un
+70: seventy, soixante-dix
+71: seventy-one, soixante et onze
+77: seventy-seven, soixante-dix-sept
+80: eighty, quatre-vingts
+81: eighty-one, quatre-vingt-un
+91: ninety-one, quatre-vingt-onze
+99: ninety-nine, quatre-vingt-dix-neuf
+101: one hundred and one, cent un
+180: one hundred and eighty, cent quatre-vingts
+200: two hundred, deux cents
+201: two hundred and one, deux cent un
+1001: one thousand and one, mille un
+1100: one thousand one hundred, mille cent
+2071: two thousand and seventy-one, deux mille soixante et onze
+4200: four thousand two hundred, quatre mille deux cents
+"""
 
 
-@pytest.mark.parametrize("number, in_english, in_french", SPELLING)
-def test_numbers_in_words(number, in_english, in_french):
-    assert english(number) == in_english
-    assert french(number) == in_french
+@pytest.mark.parametrize("line", SPELLING.strip().splitlines())
+def test_numbers_in_words(line):
+    number, words = line.split(": ")
+    assert f"{english(int(number))}, {french(int(number))}" == words
 
 
 def test_every_number_has_its_own_words():
@@ -108,6 +84,8 @@ def long_lines(texts):
     return {line.strip() for t in texts for line in t.splitlines() if len(line.strip()) >= 40}
 
 
+@pytest.mark.claim("no line in two splits")
+@pytest.mark.control("no line in two splits")
 def test_pydoc_is_the_language_reference(data_dir):
     from pydoc_data.topics import topics
 
@@ -118,10 +96,9 @@ def test_pydoc_is_the_language_reference(data_dir):
     size = sum(map(len, validation)) / sum(map(len, topics.values()))
     assert 0.04 < size < 0.2
     assert not long_lines(train) & long_lines(validation)
-    # control: every tenth topic, as in version 1.0.0, leaks
+    # every tenth topic, as in version 1.0.0, leaks
     ordered = [topics[name] for name in sorted(topics)]
-    naive = set(range(9, len(ordered), 10))
-    kept = long_lines(text for index, text in enumerate(ordered) if index not in naive)
+    kept = long_lines(text for index, text in enumerate(ordered) if index % 10 != 9)
     assert len(long_lines(ordered[9::10]) & kept) > 30
     assert open_builder("pydoc", data_dir).is_prepared()  # the second time from disk
 
@@ -140,7 +117,6 @@ def test_connected_items_are_one_group():
     keys = [{"a"}, {"b"}, {"a", "c"}, (), {"c", "d"}, {"e"}, ["d", "b"]]
     assert connected(keys) == [[0, 1, 2, 4, 6], [3], [5]]
     assert connected(keys[:-1]) == [[0, 2, 4], [1], [3], [5]]
-    assert connected([]) == []
     # a long chain, in bad order
     chain = [(n, n + 1) for n in range(3000)]
     assert connected(chain[1::2] + chain[::2]) == [list(range(3000))]
@@ -148,12 +124,14 @@ def test_connected_items_are_one_group():
 
 @pytest.mark.parametrize("other_finishes", [True, False])
 def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch, other_finishes):
+    write = registry.write
+
     def overtaken(builder):
         if other_finishes:
             write(Pydoc(data_dir=str(tmp_path), file_format="array_record"))
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr("train.datasets.registry.write", overtaken)
+    monkeypatch.setattr(registry, "write", overtaken)
     if other_finishes:
         assert len(open_builder("pydoc", str(tmp_path)).as_data_source("validation")) > 0
     else:
@@ -162,21 +140,22 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch, other_finishes
 
 
 def test_every_builder_says_what_it_is():
-    for builder in [*BUNDLED.values(), *LOCAL.values()]:
+    for name, builder in (BUNDLED | LOCAL).items():
         assert "Source: " in builder.__doc__ and "Licence: " in builder.__doc__, builder
-    assert [builder.name for builder in LOCAL.values()] == list(LOCAL)
-    assert [builder.name for builder in BUNDLED.values()] == list(BUNDLED)
+        assert builder.name == name
 
 
-def csv_of(rows):
-    lines = ["English words/sentences,French words/sentences", *(f"{e},{f}" for e, f in rows)]
-    return {"eng_-french.csv": "\r\n".join(lines).encode()}
+# --- parsing -------------------------------------------------------------------------
+
+
+def kaggle(rows):
+    return KaggleEnfr.parse({"eng_-french.csv": kaggle_csv(rows)})
 
 
 def test_an_english_sentence_is_in_one_split():
     # each pair twice; each English side also with other punctuation
     rows = [(f"Give me {n}{end}", f"{n} {end}") for n in range(500) for end in (".", "!", "?")]
-    splits = KaggleEnfr.parse(csv_of(rows + rows))
+    splits = kaggle(rows + rows)
     keys = {name: {split_key(e["english"]) for e in part} for name, part in splits.items()}
     assert sum(len(part) for part in splits.values()) == 3_000
     assert sum(len(part) for part in keys.values()) == len(set.union(*keys.values())) == 500
@@ -192,7 +171,7 @@ def test_a_french_sentence_is_in_one_split():
     for n in range(500):
         rows += [(f"I'm {n}.", f"Je suis {n}."), (f"I am {n}!", f"Je suis {n} !")]
         rows += [(f"I am {n}.", f"C'est moi {n}.")]
-    splits = KaggleEnfr.parse(csv_of(rows))
+    splits = kaggle(rows)
     for side, count in (("english", 1000), ("french", 1000)):
         keys = [{split_key(e[side]) for e in part} for part in splits.values()]
         assert sum(map(len, keys)) == len(set.union(*keys)) == count
@@ -200,18 +179,14 @@ def test_a_french_sentence_is_in_one_split():
     # a split by the English side alone would have had the French one in two of them
     alone = [[bucket(split_key(f"{i} {n}"), 50) >= 48 for i in ("I'm", "I am")] for n in range(500)]
     assert any(one != other for one, other in alone)
-    # the rows' order changes nothing
-    again = KaggleEnfr.parse(csv_of(rows[::-1]))
+    again = kaggle(rows[::-1])  # the rows' order changes nothing
     for name, part in splits.items():
         assert sorted(map(str, again[name])) == sorted(map(str, part))
 
 
 def test_a_word_of_both_languages_links_nothing():
     rows = [(f"{n}.", f"{n + 1}.") for n in range(500)]  # a chain, if the sides were mixed
-    assert all(len(part) > 1 for part in KaggleEnfr.parse(csv_of(rows)).values())
-
-
-def test_split_key_keeps_letters_of_any_script():
+    assert all(len(part) > 1 for part in kaggle(rows).values())
     assert split_key("Don't RUN!") == split_key("dont run") == "dontrun"
     assert split_key("...") == "..." and split_key("Ça") == "ça"
 
@@ -220,7 +195,6 @@ def test_split_key_keeps_letters_of_any_script():
     "content, message",
     [
         (b"en,fr\r\nHi,Salut\r\n", r"f.csv: columns are \['en', 'fr'\], expected \['a', 'b'\]"),
-        (b"<!DOCTYPE html>\n", r"f.csv: columns are \['<!DOCTYPE html>'\], expected"),
         (b"", r"f.csv: columns are \[\], expected"),
         (b"a,b\r\nHi,Salut\r\nRun\r\n", r"f.csv, line 3: 1 columns \['Run'\], expected 2"),
         (b"a,b\r\nHi,\r\n", r"f.csv, line 2: 2 columns \['Hi', ''\], .* none of them empty"),
@@ -231,11 +205,8 @@ def test_split_key_keeps_letters_of_any_script():
 def test_bad_csv_names_the_line(content, message):
     with pytest.raises(ValueError, match=message):
         read_csv("f.csv", content, ["a", "b"])
-
-
-def test_good_csv_may_quote_and_have_a_byte_order_mark():
-    content = '\ufeffa,b\n"x, y","1\n2"\n'.encode()
-    assert read_csv("f.csv", content, ["a", "b"]) == [["x, y", "1\n2"]]
+    quoted = '\ufeffa,b\n"x, y","1\n2"\n'.encode()  # with a byte order mark
+    assert read_csv("f.csv", quoted, ["a", "b"]) == [["x, y", "1\n2"]]
 
 
 @pytest.mark.parametrize(
@@ -251,81 +222,12 @@ def test_good_csv_may_quote_and_have_a_byte_order_mark():
 def test_bad_jsonl_names_the_line(line, message):
     with pytest.raises(ValueError, match=message):
         OpenwebtextSample.parse({"f.jsonl": f'{{"text": "fine"}}\n{line}\n'.encode()})
-
-
-def test_jsonl_documents_keep_unusual_line_ends():
-    splits = OpenwebtextSample.parse({"f.jsonl": '{"text": "a\u2028b", "id": 1}\n\n'.encode()})
+    unusual = '{"text": "a\u2028b", "id": 1}\n\n'.encode()  # a line end that JSON does not know
+    splits = OpenwebtextSample.parse({"f.jsonl": unusual})
     assert [e["text"] for part in splits.values() for e in part] == ["a\u2028b"]
 
 
-def tar_of(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def zip_of(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for name, content in files.items():
-            zipped.writestr(name, content)
-    return buffer.getvalue()
-
-
-# incompressible, so that cutting a file cuts its content
-NOISE = np.random.default_rng(0).bytes(5000)
-TWO = {"folder/a.csv": NOISE, "folder/deep/b.csv": b"b", "README": b"r"}
-COMPRESSORS = [bytes, gzip.compress, lzma.compress, bz2.compress]
-
-
-@pytest.mark.parametrize("compress", COMPRESSORS)
-@pytest.mark.parametrize("pack", [tar_of, zip_of])
-def test_files_come_out_of_any_archive(tmp_path, pack, compress):
-    path = tmp_path / "download"
-    path.write_bytes(compress(pack(TWO)))
-    found = read_files(path, ["b.csv", "a.csv"])
-    assert list(found.items()) == [("b.csv", b"b"), ("a.csv", NOISE)]
-    path.write_bytes(compress(pack(TWO))[:3000])
-    with pytest.raises(ValueError, match="download is truncated or damaged, download it again"):
-        read_files(path, ["b.csv", "a.csv"])
-
-
-@pytest.mark.parametrize("compress", COMPRESSORS)
-def test_a_lone_file_comes_under_any_name(tmp_path, compress):
-    for path, content in [("x.csv", compress(NOISE)), ("x.zip", zip_of({"other.csv": NOISE}))]:
-        (tmp_path / path).write_bytes(content)
-        assert read_files(tmp_path / path, ["a.csv"]) == {"a.csv": NOISE}
-
-
-def test_files_come_out_of_a_folder(tmp_path):
-    for name, content in TWO.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    assert read_files(tmp_path, ["a.csv", "b.csv"]) == {"a.csv": NOISE, "b.csv": b"b"}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "x is empty"),
-        (b"mr,ref\n", "neither a tar or zip archive nor a folder; .* holds a.csv, b.csv"),
-        (zip_of({"c.csv": b"", "a.csv": b""}), "no files for b.csv, expected one; .* a.csv, c.csv"),
-        (tar_of({"1/b.csv": b"", "2/b.csv": b"", "a.csv": b""}), "2 files for b.csv, expected one"),
-    ],
-)
-def test_wrong_archive_says_what_it_holds(tmp_path, content, message):
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_files(tmp_path / "x", ["a.csv", "b.csv"])
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
-        read_files(tmp_path / "nothing", ["a.csv"])
+# --- CIFAR's pickles -----------------------------------------------------------------
 
 
 class Python2Pickler(pickle._Pickler):
@@ -360,21 +262,16 @@ class Evil:
         return (print, ("this ran",))
 
 
+@pytest.mark.claim("pickles run no code")
+@pytest.mark.control("pickles run no code")
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_cifar_pickles_run_no_code(capsys, protocol):
     content = pickle.dumps({"data": Evil()}, protocol=protocol)
     with pytest.raises(ValueError, match=r"batch is not a batch .* builtins.print"):
         load_arrays("batch", content.replace(b"__builtin__", b"builtins"))
     assert capsys.readouterr().out == ""
-    pickle.loads(content)  # control: it would have
+    pickle.loads(content)  # it would have
     assert capsys.readouterr().out == "this ran\n"
-
-
-def cifar_files(**changed):
-    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 9], **changed}
-    meta = {"label_names": [str(n) for n in range(10)]}
-    files = {name: pickle.dumps(batch, protocol=2) for name in Cifar10.KNOWN.files}
-    return files | {"batches.meta": pickle.dumps(meta, protocol=2)}
 
 
 @pytest.mark.parametrize(
@@ -389,9 +286,11 @@ def cifar_files(**changed):
     ],
 )
 def test_bad_cifar_batch(changed, message):
-    assert len(Cifar10.parse(cifar_files())["train"]) == 10
+    files = {path.split("/")[1]: content for path, content in cifar_files("cifar10").items()}
+    assert len(Cifar10.parse(files)["train"]) == 10
+    batch = pickle.loads(files["data_batch_1"]) | changed
     with pytest.raises(ValueError, match=message):
-        Cifar10.parse(cifar_files(**changed))
+        Cifar10.parse(files | {"data_batch_1": pickle.dumps(batch)})
 
 
 def test_bad_cifar_names_and_damaged_pickles():
@@ -402,36 +301,19 @@ def test_bad_cifar_names_and_damaged_pickles():
             load_arrays("test_batch", content)
 
 
-@pytest.mark.parametrize("ours", [Cifar10, Cifar100])
-def test_cifar_has_the_layout_of_the_stock_builder(tmp_path, ours):
-    stock = tfds.builder(ours.name, data_dir=str(tmp_path), file_format="array_record")
-    builder = ours(data_dir=str(tmp_path), file_format="array_record")
-    assert type(stock) is not ours  # the stock one is what tfds.builder finds
-    assert builder.data_dir == stock.data_dir
-    features = builder.info.features
-    assert list(features) == list(stock.info.features)
-    for name, feature in stock.info.features.items():
-        assert type(features[name]) is type(feature)
-        assert features[name].get_tensor_info() == feature.get_tensor_info()
-    assert features["label"].num_classes == stock.info.features["label"].num_classes
+# --- the registry --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kaggle_enfr", "openwebtext_sample", "e2e"])
-def test_unprepared_local_set_names_the_command(tmp_path, name):
+@pytest.mark.parametrize("name", [*LOCAL, "mnist"])
+def test_an_unprepared_set_names_the_command(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         open_builder(name, str(tmp_path))
-    message = str(error.value)
-    assert f"python -m train.prepare {name} --from FILE --data_dir={tmp_path}\n" in message
-    assert LOCAL[name].KNOWN.url in message and "tfds build" not in message
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
-def test_unprepared_stock_set_names_the_command(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
-        open_builder(name, str(tmp_path))
-    message = str(error.value)
-    assert f"tfds build {name} --file_format=array_record --data_dir={tmp_path}\n" in message
-    assert (f"python -m train.prepare {name} --from FILE" in message) == (name != "mnist")
+    message, is_stock = str(error.value), name.startswith("cifar") or name == "mnist"
+    stock = f"tfds build {name} --file_format=array_record --data_dir={tmp_path}\n"
+    assert (stock in message) == is_stock
+    local = f"python -m train.prepare {name} --from FILE --data_dir={tmp_path}\n"
+    assert (local in message) == (name in LOCAL)
+    assert name not in LOCAL or LOCAL[name].KNOWN.url in message
 
 
 def test_unknown_set_lists_the_choices(tmp_path):
@@ -441,31 +323,19 @@ def test_unknown_set_lists_the_choices(tmp_path):
         open_builder("no_such_set", str(tmp_path))
 
 
-def stored_as(folder, file_format):
-    """As if the prepared set were stored in another format."""
-    [info] = folder.rglob("dataset_info.json")
-    content = json.loads(info.read_text())
-    assert content["fileFormat"] == "array_record"
-    info.write_text(json.dumps(content | {"fileFormat": file_format}))
-
-
 def test_another_file_format_names_the_folder_and_the_remedy(tmp_path, monkeypatch):
     open_builder("digits", str(tmp_path))
-    stored_as(tmp_path, "tfrecord")
-    with pytest.raises(FileNotFoundError) as error:
-        open_builder("digits", str(tmp_path))
-    message = str(error.value)
-    assert (
-        f"digits in {tmp_path}/digits/1.0.0 is in the format tfrecord, expected array_record"
-        in message
-    )
-    assert "prepares itself in any other folder: name one with --config.data_dir=DIR" in message
-    # the same folder as a stock set
-    monkeypatch.setattr(registry, "BUNDLED", {})
-    with pytest.raises(FileNotFoundError) as error:
-        open_builder("digits", str(tmp_path))
-    command = "tfds build digits --file_format=array_record --data_dir=ANOTHER_DIR\n"
-    assert command in str(error.value) and "is in the format tfrecord" in str(error.value)
+    [info] = tmp_path.rglob("dataset_info.json")
+    content = json.loads(info.read_text())
+    info.write_text(json.dumps(content | {"fileFormat": "tfrecord"}))
+    ways = ["prepares itself in any other folder: name one with --config.data_dir=DIR"]
+    ways.append("tfds build digits --file_format=array_record --data_dir=ANOTHER_DIR\n")
+    for way in ways:  # the second time as a stock set
+        with pytest.raises(FileNotFoundError) as error:
+            open_builder("digits", str(tmp_path))
+        said = f"digits in {tmp_path}/digits/1.0.0 is in the format tfrecord, expected array_record"
+        assert said in str(error.value) and way in str(error.value)
+        monkeypatch.setattr(registry, "BUNDLED", {})
 
 
 def test_open_split_says_what_is_wrong(data_dir):
@@ -474,12 +344,11 @@ def test_open_split_says_what_is_wrong(data_dir):
     assert builder.info.features["label"].num_classes == 10
     for name, features, message in [
         ("pydoc", ("image", "label"), "feature image, label; it has text: .* of image and label"),
-        ("digits", ("text",), "feature text; it has image, label: it is not a set of text"),
         ("digits", ("label", "french"), "feature french; it has image, label"),
     ]:
         with pytest.raises(ValueError, match=f"{name} has no {message}"):
             open_split(name, "train", data_dir, *features)
-    for split in ("train[:0]", "train[:0%]", "train[7:7]", "train[9:5]"):
+    for split in ("train[:0]", "train[:0%]", "train[9:5]"):
         with pytest.raises(ValueError, match=r"^split 'train.*' of digits is empty; take a larger"):
             open_split("digits", split, data_dir)
     for split, reason in [("dev", "Unknown split 'dev'"), ("train[:9999]", "with 1438 examples")]:
@@ -488,7 +357,7 @@ def test_open_split_says_what_is_wrong(data_dir):
         assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("size", [1, 7, 20, 21, 4096])
+@pytest.mark.parametrize("size", [1, 7, 20, 4096])
 def test_chunks_are_the_examples_in_order(data_dir, size):
     examples, _ = open_split("numbers_enfr", "test[:20]", data_dir)
     assert list(in_chunks(examples, size)) == [examples[index] for index in range(20)]

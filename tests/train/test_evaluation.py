@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from configs import vit_digits
-from train.loop.evaluation import group_totals
+from train.devices.totals import group_totals
 from train.loop.program import make_program
 from train.tasks import open_config
 from train.tasks.task import Task

@@ -62,7 +62,7 @@ def restaurants(run, folder, data_dir, **changes):
 
 def state_of(workdir, config):
     with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(make_program(config, load_task(config)).init)
+        return checkpoints.restore(make_program(config, load_task(config)).abstract_state)
 
 
 def flat(tree):

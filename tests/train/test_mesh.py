@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from toy_runs import points
 
 from configs import vit_digits
 from train.config import MeshConfig
-from train.devices.mesh import check_batch, open_mesh
-from train.devices.processes import data_fingerprint, join
+from train.devices.mesh import check_shares, open_mesh
+from train.devices.processes import join
 from train.devices.shards import local_rows, place, take
 from train.inference.open_run import open_run
 from train.launch import launch
 from train.loop.log import read_records
 from train.loop.program import make_program
-from train.loop.state import Training
 from train.loop.train import train
+from train.run.fingerprint import data_fingerprint
 from train.tasks import load_task, open_config
 
 pytestmark = [
@@ -41,7 +42,7 @@ def on(config, data=1, fsdp=1, tensor=1, sequence=1):
 def test_a_batch_is_taken_from_wherever_its_examples_are():
     mesh = open_mesh(MeshConfig(2, 2, 1, 1))
     group = {"image": np.arange(11 * 3, dtype=np.uint8).reshape(11, 3), "label": np.arange(11)}
-    placed = place(group, 11, mesh)
+    (placed,) = place([group], [11], mesh)
     assert placed["label"].sharding.spec == P(("data", "fsdp")) and len(placed["label"]) == 12
     for index in (jnp.array([10, 0, 7, 3, 3, 1, 2, 9]), jnp.array([5, 10, 4])):  # 4 divides 8
         batch = jax.jit(lambda group, index: take(group, index, mesh))(placed, index)
@@ -104,43 +105,48 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     assert worst(params_of(tmp_path / "other", data_dir), one) > 1e-2
 
 
+def test_a_fingerprint_is_of_every_example():
+    task = points()
+    (group,), (held_out,) = task.train_groups, task.eval_groups
+    changed = [{**group, "y": group["y"] + (np.arange(64) == row)} for row in (0, 63)]
+    changed.append({name: array[::-1] for name, array in group.items()})
+    tasks = [task, *(task._replace(train_groups=(each,)) for each in changed)]
+    tasks.append(task._replace(eval_groups=({**held_out, "y": -held_out["y"]},)))
+    assert len({data_fingerprint(each, None) for each in tasks}) == len(tasks)
+    assert data_fingerprint(points(), None) == data_fingerprint(task, None)
+
+
+@pytest.mark.full
 def test_two_processes_read_half_of_the_examples_each(data_dir):
     script = """
 import sys
 from dataclasses import replace
-from train.devices.processes import data_fingerprint, join
+from train.devices.processes import join
 join(False, sys.argv[1], 2, int(sys.argv[2]))
 from configs import vit_digits
-from train.datasets import registry
-from train.loop.log import read_records
 from train.config import MeshConfig
-from train.devices.mesh import check_batch, open_mesh
-from train.devices.processes import data_fingerprint, join
-from train.tasks import images, open_config
+from train.devices.mesh import open_mesh
+from train.run.fingerprint import data_fingerprint
+from train.tasks import load_task, open_config
 config = open_config(vit_digits.get_config("smoke"))
 config = replace(config, data_dir=sys.argv[3], mesh=MeshConfig(-1, 1, 1, 1))
-task = images.load(config)
-print(len(task.train_groups[0].images), *task.train_sizes, file=sys.stderr)
-print(data_fingerprint(task, open_mesh(config.mesh)), file=sys.stderr)
+task = load_task(config)
+fingerprint = data_fingerprint(task, open_mesh(config.mesh))
+print(len(task.train_groups[0].images), *task.train_sizes, fingerprint, file=sys.stderr)
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": ""}
+    commands = [[sys.executable, "-c", script, address, index, data_dir] for index in "01"]
+    alone = os.environ | {"XLA_FLAGS": ""}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, address, str(index), data_dir],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for index in range(2)
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone)
+        for command in commands
     ]
-    said = [process.communicate()[1].splitlines()[-2:] for process in processes]
+    said = [process.communicate()[1].splitlines()[-1] for process in processes]
     whole = load_task(replace(CONFIG, data_dir=data_dir))
-    count = len(whole.train_groups[0].images)
-    assert [lines[0] for lines in said] == [f"{count // 2} {count}"] * 2
-    assert said[0][1] == said[1][1] == data_fingerprint(whole, None)
+    count, fingerprint = len(whole.train_groups[0].images), data_fingerprint(whole, None)
+    assert said == [f"{count // 2} {count} {fingerprint}"] * 2
 
 
 def test_a_mesh_that_cannot_be_is_refused():
@@ -149,15 +155,20 @@ def test_a_mesh_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"3 \(fsdp \* tensor \* sequence\) does not divide the 8"):
         open_mesh(MeshConfig(-1, 3, 1, 1))
     assert open_mesh(MeshConfig(1, 1, 1, 1)) is None
-    for config, said in (
-        (on(CONFIG, data=3), r"batch_size 32 in batch_chunks 1 .* 3 devices"),
-        (replace(on(CONFIG, data=8), batch_chunks=8), r"batch_size 32 in batch_chunks 8"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            check_batch(config, open_mesh(config.mesh))
-    seeds = on(replace(CONFIG, num_seeds=2), data=2)
-    with pytest.raises(ValueError, match=r"num_seeds is 2 with a mesh"):
-        Training(seeds, lambda rngs: nnx.Linear(2, 2, rngs=rngs), open_mesh(seeds.mesh))
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (3, {}, r"batch_size 32 in batch_chunks 1 .* 3 devices"),
+        (8, {"batch_chunks": 8}, r"batch_size 32 in batch_chunks 8"),
+        (2, {"num_seeds": 2}, r"num_seeds is 2 with a mesh"),
+    ],
+)
+def test_what_the_devices_cannot_share_is_refused(data, changes, message):
+    config = replace(on(CONFIG, data=data), **changes)
+    with pytest.raises(ValueError, match=message):
+        check_shares(config, open_mesh(config.mesh))
 
 
 def test_processes_that_cannot_be_joined_are_refused():

@@ -4,57 +4,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import bits
+from toy_runs import points, saved_bits, tiny
 
-from configs import vit_digits
 from train.loop import non_finite
 from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.train import train
-from train.run.checkpoint import Checkpoints
-from train.tasks import images, load_task, open_config
-from train.tasks.images import Images
-from train.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 BAD = 5  # the step that sees the bad example
-STEPS = 8
+STEPS = 8  # an epoch
 
 
 def config_of(**changes):
-    values = vit_digits.get_config("plain,smoke").unlock()
-    small = {"train_split": "train[:64]", "eval_split": "validation[:8]", "batch_size": 8}
-    small |= {"num_steps": STEPS, "log_every_steps": STEPS, "eval_every_steps": STEPS}
-    small |= {"checkpoint_every_steps": STEPS, "warmup_steps": 0, "schedule": "constant"}
-    values.update(small | {"model": {"width": 8, "depth": 1, "dropout_rate": 0.0}} | changes)
-    return open_config(values)
+    same = {"batch_size": 8, "num_steps": STEPS, "warmup_steps": 0, "schedule": "constant"}
+    every = {f"{what}_every_steps": STEPS for what in ("log", "eval", "checkpoint")}
+    return tiny(changes.pop("data_dir", ""), **same | every | changes)
 
 
-def with_bad_example(config) -> Task:
-    """The task; the loss of one example, which step BAD of seed 0 sees, is NaN."""
-    task = load_task(config)
-    seen = make_program(config, task).batch(0, task.train_groups, BAD)
-    (train_images,) = task.train_groups
-    marked = np.where((np.asarray(train_images.images) == seen.images[0]).all((1, 2, 3)))[0]
-    labels = np.asarray(train_images.labels).copy()
-    labels[marked[0]] = 1000
-
-    def metrics(model, batch, rngs):
-        found = images._metrics(model, batch._replace(labels=batch.labels % 1000), rngs)
-        bad = (batch.labels == 1000).any()
-        loss, weight = found["loss"]
-        return found | {"loss": (jnp.where(bad, jnp.nan, loss), weight)}
-
-    groups = (Images(train_images.images, labels),)
-    return task._replace(train_groups=groups, metrics=metrics)
+def with_bad_example(config):
+    """The task; the target of one example, which step BAD of seed 0 sees, is NaN."""
+    task = points()
+    (group,) = task.train_groups
+    seen = make_program(config_of(), task).batch(0, BAD, task.train_groups)
+    y = np.where((group["x"] == seen["x"][0]).all(-1), np.nan, group["y"]).astype(np.float32)
+    return task._replace(train_groups=(group | {"y": y},))
 
 
 @pytest.fixture(scope="module")
-def programs(data_dir):
+def programs():
     """name -> (program, placed groups)."""
     made = {}
     skip = {"non_finite": "skip"}
     for name, changes in {"stop": {}, "skip": skip, "seeds": skip | {"num_seeds": 2}}.items():
-        config = config_of(data_dir=data_dir, **changes)
+        config = config_of(**changes)
         task = with_bad_example(config)
         made[name] = make_program(config, task), task.train_groups
     return made
@@ -69,10 +53,12 @@ def run(programs, name, *counts):
     return jax.device_get((state, metrics))
 
 
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+def all_bits(tree):
+    return [bits(leaf).tolist() for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.claim("a bad step changes nothing")
+@pytest.mark.control("a bad step changes nothing")
 def test_stop_leaves_the_state_of_the_steps_before(programs):
     before, good = run(programs, "stop", BAD)
     state, metrics = run(programs, "stop", STEPS)
@@ -80,22 +66,22 @@ def test_stop_leaves_the_state_of_the_steps_before(programs):
     note = metrics["non_finite"]
     assert (state["step"], note.step, note.skipped) == (BAD, BAD, 1)
     assert np.isnan(note.loss) and np.isfinite(metrics["loss"])
-    assert bits(state) == bits(before)
+    assert all_bits(state) == all_bits(before)
     later, again = run(programs, "stop", STEPS, 3)  # dispatched before the first was read
-    assert bits(later) == bits(before) and again["non_finite"].step == BAD
-    other, _ = run(programs, "stop", BAD - 1)  # the control: every step changes the state
-    assert bits(other["params"]) != bits(before["params"])
+    assert all_bits(later) == all_bits(before) and again["non_finite"].step == BAD
+    other, _ = run(programs, "stop", BAD - 1)  # every step changes the state
+    assert all_bits(other["params"]) != all_bits(before["params"])
 
 
 def test_skip_goes_on_without_the_step(programs):
     before, _ = run(programs, "skip", BAD)
     at, metrics = run(programs, "skip", BAD, 1)
-    assert bits(at | {"step": 0}) == bits(before | {"step": 0})
+    assert all_bits(at | {"step": 0}) == all_bits(before | {"step": 0})
     assert (at["step"], metrics["non_finite"].skipped) == (BAD + 1, 1)
     after, metrics = run(programs, "skip", STEPS)
     assert (after["step"], metrics["non_finite"].step) == (STEPS, BAD)
-    assert metrics["non_finite"].skipped >= 1 and np.isfinite(metrics["loss"])
-    assert bits(after["params"]) != bits(before["params"])
+    assert metrics["non_finite"].skipped == 1 and np.isfinite(metrics["loss"])
+    assert all_bits(after["params"]) != all_bits(before["params"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after["params"]))
 
 
@@ -105,37 +91,22 @@ def test_every_seed_for_itself(programs):
     )
     steps = metrics["non_finite"].step
     assert steps[0] == BAD != steps[1]  # the other sees that example in another step
-    pairs = [*zip(*(jax.tree.leaves(state["params"]) for state in (before, after)), strict=True)]
-    assert all((old[0] == new[0]).all() for old, new in pairs)
-    assert not all((old[1] == new[1]).all() for old, new in pairs)
+    old, new = before["params"]["w"], after["params"]["w"]
+    assert (old[0] == new[0]).all() and (old[1] != new[1]).any()
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
+def test_stop_writes_down_what_the_step_saw(monkeypatch, tmp_path, data_dir, capsys):
     monkeypatch.setattr("train.loop.train.load_task", with_bad_example)
-
-
-def test_stop_writes_down_what_the_step_saw(poisoned, tmp_path, data_dir, capsys):
     config = config_of(data_dir=data_dir)
-    message = rf"step {BAD} is not finite: loss is nan.*checkpoint {BAD}.*non_finite=skip"
+    message = rf"step {BAD} is not finite: loss is nan.* gradient of w.*checkpoint {BAD}.*=skip"
     with pytest.raises(ValueError, match=message):
         train(config, str(tmp_path))
-    task = with_bad_example(config)
-    program = make_program(config, task)
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        state = checkpoints.restore(program.abstract_state)
-    assert int(state["step"]) == BAD
+    assert saved_bits(tmp_path, BAD)
     (file,) = (tmp_path / "non_finite").iterdir()
     dump = dict(np.load(file))
     assert (int(dump["step"]), int(dump["seed"])) == (BAD, 0)
-    batch = Images(dump["batch/images"], dump["batch/labels"])
-    assert (batch.labels == 1000).sum() == 1
-    (model,) = program.models(state)
-    assert np.isnan(task.metrics(model, batch, None)["loss"][0].sum())
-    clean = batch._replace(labels=batch.labels % 1000)  # the control: other labels, no NaN
-    assert np.isfinite(task.metrics(model, clean, None)["loss"][0].sum())
-    norms = [name for name in dump if name.startswith("grad_norm/")]
-    assert len(norms) == len(jax.tree.leaves(state["params"]))
+    assert np.isnan(dump["batch/y"]).sum() == 1 and dump["batch/x"].shape == (8, 3)
+    assert np.isnan(dump["grad_norm"]) and np.isnan(dump["grad_norm/w"])
     # the same workdir goes on, without this step
     train(config_of(data_dir=data_dir, non_finite="skip"), str(tmp_path))
     assert f"left out: step {BAD} is not finite" in capsys.readouterr().out
@@ -144,20 +115,18 @@ def test_stop_writes_down_what_the_step_saw(poisoned, tmp_path, data_dir, capsys
     assert np.isfinite(record["loss"])
 
 
-def test_the_first_skipped_step_is_written_down(programs, tmp_path, data_dir):
-    config = config_of(data_dir=data_dir, non_finite="skip")
+def test_only_the_first_skipped_step_is_written_down(programs, tmp_path):
     program, groups = programs["skip"]
     state, metrics = run(programs, "skip", STEPS)
-    arguments = (
-        config,
-        metrics["non_finite"],
-        state,
-        lambda *at: program.batch(at[0], groups, at[1]),
-    )
-    said = non_finite.report(tmp_path, *arguments)
-    file = tmp_path / "non_finite" / f"step_{BAD}.npz"
+
+    def report():
+        batch = lambda seed, step: program.batch(seed, step, groups)  # noqa: E731
+        config = config_of(non_finite="skip")
+        return non_finite.report(tmp_path, config, metrics["non_finite"], state, batch)
+
+    said, file = report(), tmp_path / "non_finite" / f"step_{BAD}.npz"
     assert f"step {BAD} is not finite" in said and str(file) in said
-    assert (np.load(file)["batch/labels"] == 1000).sum() == 1
+    assert np.isnan(np.load(file)["batch/y"]).sum() == 1
     file.rename(file.with_name("step_1.npz"))
-    non_finite.report(tmp_path, *arguments)
+    report()
     assert not file.exists()

@@ -7,27 +7,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from toy_runs import points
 
+import train.sweep as program
 from train.loop.log import read_records
-from train.paper import EXPERIMENTS
-from train.paper import main as paper_main
 from train.report import Run, read_sweep, report, rows
 from train.report import main as report_main
-from train.sweep import load_experiment, sweep
+from train.run.experiment import load_experiment
+from train.sweep import EXPERIMENTS, sweep
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("quick_compile")
+DIGITS = "configs/vit_digits.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def of_points():
+    """A linear model in place of each: what is swept does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.train.load_task", points)
+        yield
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, data_dir):
+def overrides(data_dir):
+    return {"num_seeds": 2, "data_dir": data_dir}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, overrides):
     """BDIA and plain, two seeds each, at smoke size."""
     workdir = tmp_path_factory.mktemp("sweep") / "vit_digits"
-    overrides = {"num_seeds": 2, "data_dir": data_dir, "input.inference_gammas": (-0.5, 0.0)}
-    command = "python -m train.sweep --config=configs/vit_digits.py --workdir=/home/somebody/x"
-    failures = sweep(
-        "configs/vit_digits.py", str(workdir), "smoke", ["bdia", "plain"], overrides, command
-    )
-    assert failures == []
+    command = f"python -m train.sweep --config={DIGITS} --workdir=/home/somebody/x"
+    assert sweep(DIGITS, str(workdir), "smoke", ["bdia", "plain"], overrides, command) == []
     return workdir
 
 
@@ -38,60 +51,51 @@ def test_report_says_what_the_records_say(swept, tmp_path):
         table = list(csv.DictReader(file))
     assert [row["run"] for row in table] == ["bdia", "plain"]
     for row in table:
-        last = [r for r in read_records(swept / row["run"]) if r["kind"] == "eval"][-1]
-        values = last["seeds"]["accuracy"]
+        records = read_records(swept / row["run"])
+        values = [r for r in records if r["kind"] == "eval"][-1]["seeds"]["accuracy"]
         assert len(values) == 2
         expected = f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
         assert row["accuracy"] == expected and expected in text
-        assert document["results"][row["run"]]["final"]["accuracy"] == values
+        final = document["results"][row["run"]]["final"]
+        assert final["accuracy"] == values
+        assert final["accuracy_gamma_0.25"] == records[-1]["seeds"]["accuracy_gamma_0.25"]
     assert (tmp_path / "vit_digits_smoke.png").stat().st_size > 10_000
     assert document["device"] and document["versions"]["jax"] and document["date"]
-    assert document["command"] == "python -m train.sweep --config=configs/vit_digits.py"
+    assert document["command"] == f"python -m train.sweep --config={DIGITS}"
     assert str(swept) not in json.dumps(document)
 
 
-def test_inference_gamma_is_evaluated_for_every_seed(swept):
-    (final,) = (r for r in read_records(swept / "bdia") if r["kind"] == "final")
-    last = [r for r in read_records(swept / "bdia") if r["kind"] == "eval"][-1]
-    np.testing.assert_allclose(
-        final["seeds"]["accuracy_gamma_0.0"], last["seeds"]["accuracy"], rtol=1e-6
-    )
-    assert len(final["seeds"]["accuracy_gamma_-0.5"]) == 2
-
-
-def test_swept_again_it_is_done_and_another_experiment_is_refused(swept, data_dir):
-    overrides = {"num_seeds": 2, "data_dir": data_dir, "input.inference_gammas": (-0.5, 0.0)}
-    before = (swept / "plain" / "metrics.jsonl").read_text().count('"train"')
-    assert sweep("configs/vit_digits.py", str(swept), "smoke", ["plain"], overrides) == []
-    assert (swept / "plain" / "metrics.jsonl").read_text().count('"train"') == before
+def test_swept_again_it_is_done_and_another_experiment_is_refused(swept, overrides):
+    before = (swept / "plain" / "metrics.jsonl").read_bytes()
+    assert sweep(DIGITS, str(swept), "smoke", ["plain"], overrides) == []
+    assert (swept / "plain" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="take another --workdir"):
-        sweep("configs/vit_digits.py", str(swept), "", ["plain"], {})
+        sweep(DIGITS, str(swept), "", ["plain"], {})
 
 
 def test_failed_run_does_not_stop_the_others(tmp_path, data_dir):
-    overrides = {"learning_rate": 1e30, "grad_clip_norm": 0.0, "data_dir": data_dir}
-    failures = sweep(
-        "configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["bdia", "plain"], overrides
-    )
+    diverges = {"learning_rate": 1e38, "grad_clip_norm": 0.0, "data_dir": data_dir}
+    failures = sweep(DIGITS, str(tmp_path / "x"), "smoke", ["bdia", "plain"], diverges)
     assert [failure.split(":")[0] for failure in failures] == ["bdia", "plain"]
+    assert all("lower learning_rate" in failure for failure in failures)
     with pytest.raises(ValueError, match=r"no run in .* has been evaluated"):
         report(tmp_path / "x", tmp_path / "out")
-    assert all("lower learning_rate" in failure for failure in failures)
 
 
 def test_bad_names(tmp_path):
+    new = str(tmp_path / "x")
     with pytest.raises(ValueError, match=r"no 'rnn' in .*; its runs are bdia, plain"):
-        sweep("configs/vit_digits.py", str(tmp_path / "x"), "smoke", ["rnn"])
+        sweep(DIGITS, new, "smoke", ["rnn"])
     with pytest.raises(ValueError, match="is no experiment"):
         load_experiment("configs/nothing.py")
     with pytest.raises(ValueError, match="no RUNS"):
         load_experiment("configs/common.py")
     with pytest.raises(ValueError, match="does not fit configs"):
-        sweep("configs/vit_digits.py", str(tmp_path / "x"), "smoke", None, {"model.no_such": 1})
+        sweep(DIGITS, new, "smoke", None, {"model.no_such": 1})
     assert not (tmp_path / "x").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be used"):
-        sweep("configs/vit_digits.py", str(tmp_path / "file"), "smoke", ["bdia"])
+        sweep(DIGITS, str(tmp_path / "file"), "smoke", ["bdia"])
     with pytest.raises(SystemExit, match="has no experiment"):
         report_main([str(tmp_path)])
 
@@ -114,33 +118,37 @@ def test_paper_column_stands_at_the_papers_size_only(swept):
     assert rows(with_paper, "accuracy")[0]["paper"] == "89.10"
 
 
-def test_paper_sweeps_and_reports(tmp_path, data_dir):
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["sweep", *arguments])
+    with flagsaver.flagsaver():
+        program.main(flags.FLAGS(["sweep", *arguments])[:1])
+
+
+def test_all_are_swept_and_reported_and_what_fails_is_told(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setattr(program, "EXPERIMENTS", {"vit_cifar10": 1, "no_such": 1, "vit_cifar100": 1})
     out = tmp_path / "out"
-    arguments = ["--workdir", tmp_path / "runs", "--out", out, "--scale", "smoke"]
-    arguments += ["--only", "vit_cifar100", "--set", f"data_dir={data_dir}", "num_seeds=1"]
-    paper_main([str(word) for word in arguments])
-    text = (out / "vit_cifar100_smoke.json").read_text()
-    assert set(json.loads(text)["results"]) == {"bdia", "plain", "revnet"}
-    command = "python -m train.paper --scale smoke --only vit_cifar100 --set num_seeds=1"
-    assert json.loads(text)["command"] == command
-    for file in out.glob("*_smoke.*"):
-        if file.suffix != ".png":
-            assert str(tmp_path) not in file.read_text() and data_dir not in file.read_text()
+    arguments = ["--all", f"--workdir={tmp_path / 'runs'}", f"--out={out}", "--scale=smoke"]
+    arguments += [f"--set=data_dir={data_dir}", "--set=optimizer=adamw"]
+    with pytest.raises(SystemExit, match=r"^error: no_such: .*no_such.py is no experiment"):
+        run_main(monkeypatch, *arguments)
+    for name, runs in (("vit_cifar10", 3), ("vit_cifar100", 3)):
+        text = (out / f"{name}_smoke.json").read_text()
+        document = json.loads(text)
+        assert len(document["results"]) == runs
+        assert document["overrides"] == {"num_seeds": 1, "optimizer": "adamw"}
+        command = "python -m train.sweep --all --scale=smoke --set=optimizer=adamw"
+        assert document["command"] == command
+        for file in (text, *((out / f"{name}_smoke{end}").read_text() for end in (".md", ".csv"))):
+            assert str(tmp_path) not in file and data_dir not in file
 
 
-def test_whole_paper_stops_at_what_it_cannot_do(tmp_path, data_dir, capsys):
-    arguments = ["--workdir", tmp_path / "runs", "--out", tmp_path / "out", "--scale", "smoke"]
-    arguments += ["--only", "vit_digits", "vit_cifar10"]
-    arguments += ["--set", f"data_dir={data_dir}", "dataset=no_such_set"]
-    with pytest.raises(SystemExit) as told:
-        paper_main([str(word) for word in arguments])
-    for name in ("vit_digits", "vit_cifar10"):
-        assert f"{name}: dataset is 'no_such_set'" in str(told.value)
-    with pytest.raises(SystemExit, match="does not fit"):
-        paper_main(["--out", str(tmp_path), "--set", "model.no_such=1"])
-    with pytest.raises(SystemExit):
-        paper_main(["--out", str(tmp_path), "--set", "num_steps"])
-    assert "expected FIELD=VALUE" in capsys.readouterr().err
-    # gpt2_e2e starts from a checkpoint, which has to be brought
+def test_one_or_all_has_to_be_said(monkeypatch):
+    for arguments in ([], ["--all"], ["--out=x"], ["--all", "--out=x", f"--config={DIGITS}"]):
+        with pytest.raises(ValueError, match=r"expected --config=.*or --all and --out"):
+            run_main(monkeypatch, *arguments)
+
+
+def test_all_are_all_that_need_no_checkpoint():
     all_configs = {path.stem for path in Path("configs").glob("*_*.py")}
     assert set(EXPERIMENTS) == all_configs - {"__init__", "gpt2_e2e"}
+    assert next(iter(EXPERIMENTS)) == "vit_cifar10"

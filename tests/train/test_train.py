@@ -3,42 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from toy_runs import losses, points, saved_bits, tiny
 
-from configs import resnet15_cifar10, vit_cifar10, vit_cifar100, vit_digits
-from train.config import Config
-from train.loop.log import draw_curve, read_records
+import train.loop.train as program
+from configs import resnet15_cifar10, vit_cifar10, vit_cifar100
+from train.loop import guard_bits
+from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.train import train
-from train.run.checkpoint import Checkpoints
-from train.run.workdir import open_workdir
-from train.tasks import load_task, open_config
+from train.tasks import open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def tiny(data_dir, **changes):
-    config = vit_digits.get_config("smoke").unlock()
-    config.update({"data_dir": data_dir, "num_steps": 6, "warmup_steps": 2})
-    config.update({"log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2})
-    config.update(changes)
-    return open_config(config.lock())
-
-
-def final_state(workdir, config):
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_or(make_program(config, load_task(config)).init)
-
-
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -52,53 +34,99 @@ def straight(tmp_path_factory, data_dir):
 
 def test_run_leaves_records_curve_and_checkpoints(straight):
     workdir, _ = straight
-    records = read_records(workdir)
-    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [2, 4, 6]
+    assert [step for step, *_ in losses(workdir, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, *_ in losses(workdir, "eval")] == [2, 4, 6]
     assert all(np.isfinite(loss) for *_, loss in losses(workdir))
-    (start,) = (r for r in records if r["kind"] == "start")
+    (start,) = (r for r in read_records(workdir) if r["kind"] == "start")
     assert start["step"] == 0 and start["device"] and start["versions"]["jax"] == jax.__version__
     assert (workdir / "curve.png").stat().st_size > 5_000
     assert json.loads((workdir / "config.json").read_text())["model.width"] == 16
 
 
-def losses(workdir):
-    return [(r["step"], r["kind"], r["loss"]) for r in read_records(workdir) if "loss" in r]
-
-
-class Killed(Exception):
-    pass
-
-
+@pytest.mark.claim("resume is bit-equal")
+@pytest.mark.control("resume is bit-equal")
 def test_stop_and_resume_equals_straight_through(straight, tmp_path, monkeypatch):
     """Killed after step 4, before it is saved: the checkpoint is of step 2, the last bits equal."""
-    import train.loop.train as program
 
-    log_train = program._log_train
+    class Killed(Exception):
+        pass
 
-    def dies(*arguments):
-        *_, step, _, _ = arguments
-        log_train(*arguments)
+    def dies(log, step, **metrics):
+        log_train(log, step, **metrics)
         if step == 4:
             raise Killed
 
-    straight_workdir, config = straight
-    monkeypatch.setattr(program, "_log_train", dies)
+    expected, config = straight
+    log_train = program.Log.train
+    monkeypatch.setattr(program.Log, "train", dies)
     with pytest.raises(Killed):
-        train(config, str(tmp_path / "run"))
-    monkeypatch.setattr(program, "_log_train", log_train)
-    interrupted = final_state(tmp_path / "run", config)
-    assert int(interrupted["step"]) == 2
-    train(config, str(tmp_path / "run"))
-    expected = final_state(straight_workdir, config)
-    assert int(expected["step"]) == 6
-    assert_same_bits(final_state(tmp_path / "run", config), expected)
-    with pytest.raises(AssertionError):  # the comparison can tell two states apart
-        assert_same_bits(interrupted, expected)
-
-    assert losses(tmp_path / "run") == losses(straight_workdir)
+        train(config, str(tmp_path))
+    monkeypatch.undo()
+    interrupted = saved_bits(tmp_path, 2)
+    train(config, str(tmp_path))
+    assert saved_bits(tmp_path, 6) == saved_bits(expected, 6) != interrupted
+    assert losses(tmp_path) == losses(expected)
 
 
+def test_sigterm_then_damage_then_a_full_disk_and_still_the_same_end(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    config, workdir = tiny(data_dir), tmp_path / "run"
+    monkeypatch.setattr(program, "load_task", points)
+    train(config, str(tmp_path / "straight"))
+    log_train = program.Log.train
+
+    def terminates(log, step, **metrics):
+        log_train(log, step, **metrics)
+        if step == 4:  # step 5 has been dispatched
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(program.Stopped) as stopped:
+        patch.setattr(program.Log, "train", terminates)
+        train(config, str(workdir))
+    assert stopped.value.code == 0
+    assert "stopped by SIGTERM at step 5, saved; the same command" in capsys.readouterr().out
+    assert saved_bits(workdir, 5) != saved_bits(workdir, 4)  # the comparison below can fail
+
+    record = workdir / "checkpoints/5/record/metadata"
+    record.write_bytes(record.read_bytes()[:-9])
+    (workdir / "metrics.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"could not be written: No space left on device; the c"):
+        train(config, str(workdir))
+    assert "using the one of step 4" in capsys.readouterr().out
+    (workdir / "metrics.tmp").unlink()
+    train(config, str(workdir))
+    assert saved_bits(workdir, 6) == saved_bits(tmp_path / "straight", 6)
+    assert losses(workdir) == losses(tmp_path / "straight")
+
+
+@pytest.mark.claim("the audit sees the first step")
+@pytest.mark.control("the audit sees the first step")
+def test_guard_bits_are_chosen_on_what_the_first_step_sees(data_dir):
+    """The same examples, augmented alike, and the same random streams of the model."""
+    seen, task = [], points()
+    small = {name: array[:24] for name, array in task.train_groups[0].items()}
+
+    def metrics(model, batch, rngs):
+        values = batch["x"], batch["y"], jax.random.key_data(rngs.params())
+        jax.debug.callback(lambda *values: seen.append(values), *values)
+        return task.metrics(model, batch, rngs)
+
+    task = task._replace(train_groups=(small, *task.train_groups))
+    spied, config = task._replace(metrics=metrics), tiny(data_dir, batch_size=8, seed=3)
+    made = make_program(config, spied)
+    state, groups = made.init(), made.place(task.train_groups, task.train_sizes)
+    (model,) = made.models(state)
+    guard_bits.stack_inputs(config, spied, model)
+    jax.block_until_ready(made.train_steps(state, groups, 2))
+    jax.effects_barrier()
+    audited, first, second = seen
+    for a, b, other in zip(audited, first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, other)
+
+
+@pytest.mark.full
 def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, data_dir):
     """Same forward bits, gradients equal to rounding: the first loss agrees, later ones nearly."""
     workdir, _ = straight
@@ -108,6 +136,7 @@ def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, d
     np.testing.assert_allclose(reversible, stored, rtol=1e-2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "changes",
     [
@@ -119,28 +148,41 @@ def test_reversible_training_equals_stored_training_nearly(straight, tmp_path, d
 )
 def test_other_systems_train(tmp_path, data_dir, changes):
     train(tiny(data_dir, num_steps=2, warmup_steps=1, **changes), str(tmp_path))
-    assert [r["kind"] for r in read_records(tmp_path)] == [
-        *("start", "train", "train", "eval", "final")
-    ]
+    kinds = ["start", "train", "train", "eval", "final"]
+    assert [r["kind"] for r in read_records(tmp_path)] == kinds
 
 
+@pytest.mark.full
 def test_steps_in_one_dispatch_or_many_are_the_same(straight, tmp_path, data_dir):
-    workdir, config = straight
+    workdir, _ = straight
     sparse = tiny(data_dir, log_every_steps=5, eval_every_steps=6, checkpoint_every_steps=6)
     train(sparse, str(tmp_path))
-    assert_same_bits(final_state(tmp_path, sparse), final_state(workdir, config))
-    each, mean = losses(workdir), losses(tmp_path)
-    each = [loss for _, kind, loss in each if kind == "train"]
-    np.testing.assert_allclose(mean[0][2], np.mean(each[:5]), rtol=1e-6)
+    assert saved_bits(tmp_path, 6) == saved_bits(workdir, 6)
+    each = [loss for *_, loss in losses(workdir, "train")]
+    np.testing.assert_allclose(losses(tmp_path)[0][2], np.mean(each[:5]), rtol=1e-6)
 
 
+@pytest.mark.full
 def test_seeds_side_by_side_are_the_seeds_alone(straight, tmp_path, data_dir):
-    workdir, _ = straight
-    train(tiny(data_dir, num_seeds=2), str(tmp_path))
+    """And each is evaluated with every constant gamma (Fig. 1); gamma 0 is the evaluation."""
+    gammas = {"input": {"inference_gammas": (-0.5, 0.0)}}
+    train(tiny(data_dir, num_seeds=2, **gammas), str(tmp_path))
     together = [r["seeds"]["loss"] for r in read_records(tmp_path) if r["kind"] == "train"]
-    alone = [loss for _, kind, loss in losses(workdir) if kind == "train"]
+    alone = [loss for *_, loss in losses(straight[0], "train")]
     np.testing.assert_allclose([seeds[0] for seeds in together], alone, rtol=1e-3)
     assert all(first != second for first, second in together)
+    *_, last, final = read_records(tmp_path)
+    at_zero = final["seeds"]["accuracy_gamma_0.0"]
+    np.testing.assert_allclose(at_zero, last["seeds"]["accuracy"], rtol=1e-6)
+    assert len(final["seeds"]["accuracy_gamma_-0.5"]) == 2
+
+
+@pytest.mark.full
+def test_loss_falls(tmp_path, data_dir):
+    config = tiny(data_dir, num_steps=60, log_every_steps=20, eval_every_steps=60)
+    train(config, str(tmp_path))
+    (*_, first), *_, (*_, last) = losses(tmp_path, "train")
+    assert last < first - 0.1
 
 
 def test_finished_run_is_left_as_it_is(straight):
@@ -151,54 +193,27 @@ def test_finished_run_is_left_as_it_is(straight):
     assert final["loss"] == losses(workdir)[-1][2]
 
 
-def test_other_examples_are_not_resumed_on(straight, tmp_path, data_dir):
+def test_other_examples_are_not_resumed_on(straight, tmp_path):
     workdir, config = straight
-    shutil.copytree(workdir, tmp_path / "run")
-    records = read_records(tmp_path / "run")[:-1]  # as if it had been killed before the end
+    run = shutil.copytree(workdir, tmp_path / "run")
+    records = read_records(run)[:-1]  # as if it had been killed before the end
     records[0]["fingerprint"] = "0" * 16
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(ValueError, match=r"trained on other examples \(fingerprint 0000"):
-        train(config, str(tmp_path / "run"))
-    assert losses(tmp_path / "run") == losses(workdir)[:-1]
+        train(config, str(run))
+    assert losses(run) == losses(workdir)[:-1]
 
 
-def test_loss_falls(tmp_path, data_dir):
-    config = tiny(data_dir, num_steps=60, log_every_steps=20, eval_every_steps=60)
-    train(config, str(tmp_path))
-    trained = [loss for _, kind, loss in losses(tmp_path) if kind == "train"]
-    assert trained[-1] < trained[0] - 0.1
-
-
-def test_not_finite_stops_before_saving(tmp_path, data_dir):
-    config = tiny(data_dir, learning_rate=1e30, grad_clip_norm=0.0, warmup_steps=0)
-    with pytest.raises(ValueError, match=r"step \d is not finite.*learning_rate"):
-        train(config, str(tmp_path))
-    assert int(final_state(tmp_path, config)["step"]) <= 2
-
-
-def test_other_config_on_a_workdir_is_named(straight):
-    workdir, config = straight
-    before = sorted(p.name for p in workdir.iterdir())
-    changed = Config(**{**vars(config), "learning_rate": 0.5, "seed": 7})
-    with pytest.raises(ValueError, match=r"learning_rate was 0.001, is 0.5; seed was 0, is 7"):
-        open_workdir(str(workdir), changed)
-    assert sorted(p.name for p in workdir.iterdir()) == before
-    open_workdir(str(workdir), Config(**{**vars(config), "log_every_steps": 50}))
-
-
-def test_foreign_or_unusable_workdir(tmp_path, data_dir):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        open_workdir(str(tmp_path), tiny(data_dir))
-    with pytest.raises(ValueError, match="cannot be used"):
-        open_workdir(str(tmp_path / "thesis.tex"), tiny(data_dir))
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_batch_larger_than_the_data(tmp_path, data_dir):
-    with pytest.raises(ValueError, match="batch_size 5000 exceeds the 1438 examples"):
-        train(tiny(data_dir, batch_size=5000), str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5000}, "batch_size 5000 exceeds the 1438 examples"),
+        ({"token_chunks": 2}, r"token_chunks=2 .*shape \[B, T"),  # of 16 patches and the class
+    ],
+)
+def test_sizes_that_do_not_fit_leave_no_workdir(tmp_path, data_dir, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(data_dir, **changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -227,9 +242,9 @@ def test_batch_larger_than_the_data(tmp_path, data_dir):
         ({"batch_chunks": 0}, "batch_chunks is 0, expected at least 1"),
     ],
 )
-def test_bad_values_are_named(data_dir, changes, message):
+def test_bad_values_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        tiny(data_dir, **changes)
+        tiny("", **changes)
 
 
 @pytest.mark.parametrize("part", [{"by_branch": True}, {"batch_chunks": 2}, {"token_chunks": 2}])
@@ -242,31 +257,6 @@ def test_blocks_that_cannot_be_cut_are_named(part):
         open_config(config)
 
 
-def test_what_cannot_be_traced_leaves_no_workdir(tmp_path, data_dir):
-    workdir = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"token_chunks=2 .*shape \[B, T"):
-        train(tiny(data_dir, token_chunks=2), str(workdir))  # 17 tokens: 16 patches and the class
-    assert not workdir.exists()
-
-
-def test_another_config_is_refused_before_anything_is_read(straight, monkeypatch):
-    import train.loop.train as program
-
-    workdir, config = straight
-    monkeypatch.setattr(program, "load_task", lambda _: pytest.fail("read the data"))
-    with pytest.raises(ValueError, match="seed was 0, is 7"):
-        train(replace(config, seed=7), str(workdir))
-
-
-def test_incomplete_record_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "kind": "train", "loss": 1.0, "accuracy": 0.5}\n{"step": 2, "ki'
-    )
-    assert [r["step"] for r in read_records(tmp_path)] == [1]
-    draw_curve(tmp_path)
-    assert (tmp_path / "curve.png").exists()
-
-
 def test_paper_configs():
     for module, dataset in ((vit_cifar10, "cifar10"), (vit_cifar100, "cifar100")):
         config = open_config(module.get_config())
@@ -276,22 +266,21 @@ def test_paper_configs():
         assert (model.num_heads, model.mlp_dim, model.dropout_rate) == (8, 512, 0.1)
 
 
-def run_program(*arguments):
+def run_program(compile_cache, *arguments):
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": compile_cache}
     return subprocess.run(
         [sys.executable, "-m", "train", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | quick,
     )
 
 
-def test_unprepared_data_is_told_at_once(tmp_path):
-    done = run_program(
-        "--config=configs/vit_cifar10.py",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data_dir={tmp_path}",
-    )
+@pytest.mark.full
+def test_unprepared_data_is_told_at_once(tmp_path, compile_cache):
+    config = ["--config=configs/vit_cifar10.py", f"--config.data_dir={tmp_path}"]
+    done = run_program(compile_cache, *config, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1
     assert done.stderr.startswith("error: dataset cifar10 is not prepared")
     assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in done.stderr
@@ -299,18 +288,17 @@ def test_unprepared_data_is_told_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_command_line_trains(tmp_path, data_dir):
+def test_command_line_trains(straight, tmp_path, data_dir, compile_cache):
     done = run_program(
-        "--config=configs/vit_digits.py",
+        compile_cache,
+        "--config=configs/vit_digits.py:smoke",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data_dir={data_dir}",
-        "--config.model.width=8",
-        "--config.model.depth=2",
-        "--config.num_steps=2",
-        "--config.warmup_steps=0",
+        "--config.num_steps=6",  # the program of `straight`, whose compilation is cached
+        "--config.warmup_steps=2",
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[1].startswith("step 2/2 100%  loss ")
-    assert lines[-2].startswith("final accuracy 0.")
-    assert "the plain model" in lines[-1]
+    assert lines[1].startswith("step 2/6 33%  loss ")
+    assert lines[-1].startswith("final accuracy 0.")
+    assert saved_bits(tmp_path / "run", 6) == saved_bits(straight[0], 6)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from train.datasets.local_file import Examples, KnownFile, LocalFileBuilder
+from train.datasets.builder import Example
+from train.datasets.local_file import KnownFile, LocalFileBuilder
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -57,18 +57,19 @@ class _Layout(NamedTuple):
 class _Cifar(LocalFileBuilder, skip_registration=True):
     LAYOUT: ClassVar[_Layout]
 
-    @classmethod
-    def features(cls):
+    def features(self):
         labels = {
             feature: tfds.features.ClassLabel(num_classes=count)
-            for feature, (_, _, count) in cls.LAYOUT.labels.items()
+            for feature, (_, _, count) in self.LAYOUT.labels.items()
         }
+        for feature, names in (self.source.label_names if self.source else {}).items():
+            labels[feature].names = names
         image = tfds.features.Image(shape=(32, 32, 3), encoding_format="png")
         return {"id": tfds.features.Text(), "image": image, **labels}
 
     @classmethod
-    def parse(cls, files: dict[str, bytes]) -> dict[str, Examples]:
-        splits: dict[str, Examples] = {}
+    def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
+        splits: dict[str, list[Example]] = {}
         for split, batches in cls.LAYOUT.batches.items():
             examples = splits.setdefault(split, [])
             for name in batches:
@@ -108,12 +109,6 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
                 raise ValueError(f"{file}: {key} are {found}, expected {count} different names")
             names[feature] = found
         return names
-
-    def _generate_examples(self, examples: Examples) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, example in enumerate(examples):
-            # a PIL image is encoded without TensorFlow, an array is not
-            image = Image.fromarray(np.ascontiguousarray(example["image"]))
-            yield index, example | {"image": image}
 
 
 def _list(name: str, batch: dict[str, Any], key: str) -> list[Any]:

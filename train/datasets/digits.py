@@ -2,11 +2,12 @@
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from sklearn.datasets import load_digits
 
+from train.datasets.builder import Builder
 
-class Digits(tfds.core.GeneratorBasedBuilder):
+
+class Digits(Builder):
     """1,797 images of 8 x 8 pixels, 16 grey levels; every fifth one is for validation.
 
     Source: https://archive.ics.uci.edu/dataset/80, its test part, which comes with scikit-learn.
@@ -15,30 +16,23 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-        )
+    def features(self):
+        return {
+            "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
+    def homepage(self) -> str:
+        return "https://archive.ics.uci.edu/dataset/80"
+
+    def examples(self):
         pixels, labels = load_digits(return_X_y=True)
         images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
         held_out = np.arange(len(images)) % 5 == 4
         return {
-            "train": self._generate_examples(images[~held_out], labels[~held_out]),
-            "validation": self._generate_examples(images[held_out], labels[held_out]),
+            split: (
+                (index, {"image": image, "label": int(label)})
+                for index, (image, label) in enumerate(zip(images[of], labels[of], strict=True))
+            )
+            for split, of in {"train": ~held_out, "validation": held_out}.items()
         }
-
-    def _generate_examples(self, images, labels):
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # a PIL image is encoded without TensorFlow, an array is not
-            yield index, {"image": Image.fromarray(image), "label": int(label)}

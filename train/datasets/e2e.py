@@ -2,8 +2,8 @@
 
 import tensorflow_datasets as tfds
 
-from train.datasets.local_file import Examples, KnownFile, LocalFileBuilder
-from train.datasets.text_file import read_csv
+from train.datasets.builder import Example
+from train.datasets.local_file import KnownFile, LocalFileBuilder, read_csv
 
 _SHA256 = {
     "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
@@ -27,15 +27,14 @@ class E2e(LocalFileBuilder):
         counts={"train": 42_061, "validation": 4_672, "test": 4_693},
     )
 
-    @classmethod
-    def features(cls):
+    def features(self):
         return {
             "meaning_representation": tfds.features.Text(),
             "reference": tfds.features.Text(),
         }
 
     @classmethod
-    def parse(cls, files: dict[str, bytes]) -> dict[str, Examples]:
+    def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
         return {
             split: [
                 {"meaning_representation": meaning, "reference": reference}

@@ -2,10 +2,9 @@
 
 import tensorflow_datasets as tfds
 
-from train.datasets.connected import connected
-from train.datasets.hash_split import bucket
-from train.datasets.local_file import Examples, KnownFile, LocalFileBuilder
-from train.datasets.text_file import read_csv
+from train.datasets.builder import Example
+from train.datasets.local_file import KnownFile, LocalFileBuilder, read_csv
+from train.datasets.splits import bucket, connected
 
 
 def split_key(sentence: str) -> str:
@@ -35,14 +34,13 @@ class KaggleEnfr(LocalFileBuilder):
         counts={"train": 168_421, "validation": 3_442, "test": 3_758},
     )
 
-    @classmethod
-    def features(cls):
+    def features(self):
         return {"english": tfds.features.Text(), "french": tfds.features.Text()}
 
     @classmethod
-    def parse(cls, files: dict[str, bytes]) -> dict[str, Examples]:
+    def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
         [(name, content)] = files.items()
-        splits: dict[str, Examples] = {"train": [], "validation": [], "test": []}
+        splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
         header = ["English words/sentences", "French words/sentences"]
         rows = read_csv(name, content, header)
         keys = [(split_key(english), split_key(french)) for english, french in rows]

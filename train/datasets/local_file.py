@@ -1,13 +1,10 @@
-"""Builders that are fed from a file the user has downloaded, and what such a file must be."""
+"""Builders that are fed from a file the user has downloaded, and how such a file is read."""
 
-import inspect
-from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+import csv
+import io
+from typing import ClassVar, NamedTuple
 
-import tensorflow_datasets as tfds
-
-Examples = list[dict[str, Any]]
+from train.datasets.builder import Builder, Example
 
 
 class Source(NamedTuple):
@@ -17,7 +14,7 @@ class Source(NamedTuple):
     not, a line that ends up in the description of the prepared set.
     """
 
-    splits: dict[str, Examples]
+    splits: dict[str, list[Example]]
     label_names: dict[str, list[str]]
     note: str
 
@@ -34,8 +31,8 @@ class KnownFile(NamedTuple):
     counts: dict[str, int]
 
 
-class LocalFileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder that is prepared once by `python -m train.prepare NAME --from FILE`.
+class LocalFileBuilder(Builder, skip_registration=True):
+    """A builder that is prepared once by `python -m train.prepare NAME --from FILE`.
 
     A subclass says which file it wants (KNOWN) and how to read it (features, parse).
     """
@@ -44,13 +41,13 @@ class LocalFileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, *, source: Source | None = None, **kwargs):
         # before super(): it asks for _info
-        self._source = source
+        self.source = source
         super().__init__(**kwargs)
 
     @classmethod
-    @abstractmethod
-    def parse(cls, files: dict[str, bytes]) -> dict[str, Examples]:
+    def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
         """The examples of every split. Raises ValueError if a file is not what it should be."""
+        raise NotImplementedError
 
     @classmethod
     def label_names(cls, files: dict[str, bytes]) -> dict[str, list[str]]:
@@ -58,34 +55,42 @@ class LocalFileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del files
         return {}
 
-    @classmethod
-    @abstractmethod
-    def features(cls) -> dict[str, Any]:
-        """TFDS features by name."""
+    def homepage(self) -> str:
+        return self.KNOWN.url
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        description = inspect.getdoc(type(self)) or ""
-        features = self.features()
-        if self._source is not None:
-            description += f"\n\n{self._source.note}"
-            for feature, names in self._source.label_names.items():
-                features[feature].names = names
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=description,
-            features=tfds.features.FeaturesDict(features),
-            homepage=self.KNOWN.url,
-        )
+    def note(self) -> str:
+        return f"\n\n{self.source.note}" if self.source else ""
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        if self._source is None:
+    def examples(self):
+        if self.source is None:
             raise ValueError(f"run `python -m train.prepare {self.name} --from FILE` instead")
-        # TFDS writes examples in the order of a hash of their key, here their number
-        return {
-            split: self._generate_examples(examples)
-            for split, examples in self._source.splits.items()
-        }
+        return {split: enumerate(examples) for split, examples in self.source.splits.items()}
 
-    def _generate_examples(self, examples: Examples) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(examples)
+
+def decode(name: str, content: bytes) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises ValueError if not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}, line {line}: not UTF-8 text") from None
+
+
+def read_csv(name: str, content: bytes, header: list[str]) -> list[list[str]]:
+    """The rows below the header. Raises ValueError for another header or a row of other length."""
+    reader = csv.reader(io.StringIO(decode(name, content), newline=""), strict=True)
+    rows = []
+    try:
+        first = next(reader, [])
+        if first != header:
+            raise ValueError(f"{name}: columns are {str(first)[:200]}, expected {header}")
+        for row in reader:
+            if len(row) != len(header) or not all(row):
+                raise ValueError(
+                    f"{name}, line {reader.line_num}: {len(row)} columns {str(row)[:200]}, "
+                    f"expected {len(header)}, none of them empty"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
+    return rows

@@ -4,9 +4,9 @@ import json
 
 import tensorflow_datasets as tfds
 
-from train.datasets.hash_split import bucket
-from train.datasets.local_file import Examples, KnownFile, LocalFileBuilder
-from train.datasets.text_file import decode
+from train.datasets.builder import Example
+from train.datasets.local_file import KnownFile, LocalFileBuilder, decode
+from train.datasets.splits import bucket
 
 
 class OpenwebtextSample(LocalFileBuilder):
@@ -27,14 +27,13 @@ class OpenwebtextSample(LocalFileBuilder):
         counts={"train": 1_341, "validation": 85},
     )
 
-    @classmethod
-    def features(cls):
+    def features(self):
         return {"text": tfds.features.Text()}
 
     @classmethod
-    def parse(cls, files: dict[str, bytes]) -> dict[str, Examples]:
+    def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
         [(name, content)] = files.items()
-        splits: dict[str, Examples] = {"train": [], "validation": []}
+        splits: dict[str, list[Example]] = {"train": [], "validation": []}
         # not splitlines(): text may hold other line ends, such as U+2028
         for number, line in enumerate(decode(name, content).split("\n"), 1):
             if line.strip():

@@ -4,7 +4,8 @@ import platform
 
 import tensorflow_datasets as tfds
 
-from train.datasets.connected import connected
+from train.datasets.builder import Builder
+from train.datasets.splits import connected
 
 
 def split_topics(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -24,7 +25,7 @@ def _long_lines(text: str) -> set[str]:
     return {line.strip() for line in text.splitlines() if len(line.strip()) >= 40}
 
 
-class Pydoc(tfds.core.GeneratorBasedBuilder):
+class Pydoc(Builder):
     """The topics of Python's `help()`; those with about 8 % of the text are for validation.
 
     They are chapters of the Python Language Reference and come with CPython as
@@ -36,24 +37,20 @@ class Pydoc(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("2.0.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"{type(self).__doc__}\nPrepared by Python {platform.python_version()}.",
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
-            homepage="https://docs.python.org/3/reference/",
-        )
+    def features(self):
+        return {"text": tfds.features.Text()}
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
+    def homepage(self) -> str:
+        return "https://docs.python.org/3/reference/"
+
+    def note(self) -> str:
+        return f"\nPrepared by Python {platform.python_version()}."
+
+    def examples(self):
         from pydoc_data.topics import topics  # half a megabyte, needed only here
 
-        train, held_out = split_topics([topics[name] for name in sorted(topics)])
+        splits = split_topics([topics[name] for name in sorted(topics)])
         return {
-            "train": self._generate_examples(train),
-            "validation": self._generate_examples(held_out),
+            split: enumerate({"text": text} for text in documents)
+            for split, documents in zip(("train", "validation"), splits, strict=True)
         }
-
-    def _generate_examples(self, documents):
-        for index, text in enumerate(documents):
-            yield index, {"text": text}

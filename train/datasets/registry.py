@@ -1,7 +1,11 @@
 """Data sets by name: which there are, whether they are prepared, and if not, by which command."""
 
+import contextlib
+import io
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,6 @@ from train.datasets.numbers_enfr import NumbersEnfr
 from train.datasets.openwebtext_sample import OpenwebtextSample
 from train.datasets.pydoc import Pydoc
 from train.datasets.restaurants import Restaurants
-from train.datasets.write import write
 
 # They prepare themselves, without a download.
 BUNDLED: dict[str, Any] = {
@@ -55,15 +58,12 @@ def open_builder(name: str, data_dir: str = "") -> Any:
     """
     # no file_format: with one, a set prepared in another is an error that names no remedy
     options: dict[str, Any] = {"data_dir": data_dir or None}
+    ours = BUNDLED.get(name) or LOCAL.get(name)
     try:
-        if name in BUNDLED:
-            builder = BUNDLED[name](**options)
-        elif name in LOCAL and name not in _STOCK:
-            builder = LOCAL[name](**options)
-        else:
-            builder = tfds.builder(name, **options)
+        is_stock = ours is None or name in _STOCK
+        builder = tfds.builder(name, **options) if is_stock else ours(**options)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
-        if name in BUNDLED or name in LOCAL:
+        if ours:
             raise _damaged(name, data_dir, error) from error
         choices = ", ".join([*BUNDLED, *LOCAL])
         raise ValueError(
@@ -102,6 +102,22 @@ def _prepare_bundled(name: str, options: dict[str, Any]) -> Any:
         if not builder.is_prepared():
             raise
     return builder
+
+
+def write(builder: Any) -> None:
+    """Prepares a builder that needs no download. If that fails, no folder is left behind."""
+    made = [folder for folder in builder.data_path.parents if not folder.exists()]
+    tfds.disable_progress_bar()
+    try:
+        # TFDS announces a download, and wants a folder for it
+        with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_dir=unused)
+    except BaseException:
+        # TFDS removes its half-written folder, not the ones above
+        for folder in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
 
 
 def footnote(builder: Any) -> str | None:

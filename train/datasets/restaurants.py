@@ -4,7 +4,8 @@ from itertools import product
 
 import tensorflow_datasets as tfds
 
-from train.datasets.hash_split import bucket
+from train.datasets.builder import Builder
+from train.datasets.splits import bucket
 
 _NAMES = ("Blue Spice", "The Mill", "Cotto", "The Eagle", "Giraffe", "Zizzi", "The Vaults", "Aromi")
 _FOODS = ("French", "Italian", "Chinese", "Indian", "English", "Japanese")
@@ -32,7 +33,7 @@ def references(name: str, food: str, area: str, friendly: str) -> list[str]:
     ]
 
 
-class Restaurants(tfds.core.GeneratorBasedBuilder):
+class Restaurants(Builder):
     """432 restaurants as lists of attributes, with three sentences for each. Made by rule.
 
     About 10 % each are for validation and test, chosen by hash of the attributes. It shows that a
@@ -42,24 +43,15 @@ class Restaurants(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        texts = ("meaning_representation", "reference")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=type(self).__doc__,
-            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in texts}),
-        )
+    def features(self):
+        return {"meaning_representation": tfds.features.Text(), "reference": tfds.features.Text()}
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
+    def examples(self):
         splits = {"train": [], "validation": [], "test": []}
         for values in product(_NAMES, _FOODS, _AREAS, _FRIENDLY):
-            place = bucket(meaning(*values), 10)
-            splits["validation" if place == 8 else "test" if place == 9 else "train"].append(values)
-        return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-    def _generate_examples(self, rows):
-        for values in rows:
+            said = meaning(*values)
+            split = {8: "validation", 9: "test"}.get(bucket(said, 10), "train")
             for index, reference in enumerate(references(*values)):
-                row = {"meaning_representation": meaning(*values), "reference": reference}
-                yield f"{meaning(*values)} {index}", row
+                row = {"meaning_representation": said, "reference": reference}
+                splits[split].append((f"{said} {index}", row))
+        return splits

@@ -38,9 +38,16 @@ def open_mesh(config: MeshConfig) -> Mesh | None:
     return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes)
 
 
-def check_batch(config: Config, mesh: Mesh | None) -> None:
-    """Raises ValueError unless every device has its share of each part of a batch."""
-    parts = 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+def check_shares(config: Config, mesh: Mesh | None) -> None:
+    """Raises ValueError unless every device has its share of each part of a batch, of one seed."""
+    if mesh is None:
+        return
+    if config.num_seeds > 1:
+        raise ValueError(
+            f"num_seeds is {config.num_seeds} with a mesh of several devices; train one seed at a "
+            "time there, or all of them on one device"
+        )
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if config.batch_size // config.batch_chunks % parts:
         raise ValueError(
             f"batch_size {config.batch_size} in batch_chunks {config.batch_chunks} is "
@@ -59,16 +66,11 @@ def state_shardings(state: Any, model: nnx.Module, tx: optax.GradientTransformat
         mesh: of `open_mesh`.
     """
     whole = NamedSharding(mesh, PartitionSpec())
-    by_path = dict(param_shardings(model, mesh).flat_state())
-
-    def of_params(params):
-        flat = {path: by_path[path].get_value() for path in nnx.traversals.flatten_mapping(params)}
-        return nnx.traversals.unflatten_mapping(flat)
-
+    of_model = nnx.to_pure_dict(param_shardings(model, mesh))
     shardings = jax.tree.map(lambda leaf: whole, state)
     for name in ("params", "frozen"):
         if name in state:
-            shardings[name] = of_params(state[name])
+            shardings[name] = _like(state[name], of_model)
     shardings["opt_state"] = optax.tree_map_params(
         tx,
         lambda leaf, sharding: sharding,
@@ -77,3 +79,10 @@ def state_shardings(state: Any, model: nnx.Module, tx: optax.GradientTransformat
         transform_non_params=lambda leaf: whole,
     )
     return shardings
+
+
+def _like(tree: Any, shardings: Any) -> Any:
+    """The shardings of what is in the tree, which may be part of the model."""
+    if not isinstance(tree, dict):
+        return shardings
+    return {key: _like(value, shardings[key]) for key, value in tree.items()}

@@ -1,6 +1,5 @@
 """Several processes, one program: joining them, and what only the first of them does."""
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -9,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-from train.devices.shards import local_rows
 
 
 def join(distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
@@ -62,40 +59,11 @@ def first_does(function: Callable[..., Any], *arguments: Any) -> Any:
     if is_first():
         try:
             result = function(*arguments)
-        except (ValueError, FileNotFoundError) as its:
-            error = its
+        except (ValueError, FileNotFoundError) as raised:
+            error = raised
     failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
     if error is not None:
         raise error
     if failed:
         raise ValueError("process 0 has stopped; it says why")
     return result
-
-
-def data_fingerprint(task: Any, mesh: Any) -> str:
-    """A hash of all examples, the same however many processes hold them.
-
-    Args:
-        task: its training examples may be this process's share.
-        mesh: which tells the share.
-    """
-    total = 0
-    for number, (group, count) in enumerate(zip(task.train_groups, task.train_sizes, strict=True)):
-        arrays = [np.asarray(array) for array in jax.tree.leaves(group)]
-        rows = local_rows(count, mesh)
-        held = range(len(rows)) if len(arrays[0]) == len(rows) else rows
-        for row, place in zip(rows, held, strict=True):
-            total += _hash(number, row, *(array[place].tobytes() for array in arrays))
-    if jax.process_count() > 1:
-        halves = np.asarray([total >> 32 & 0xFFFFFFFF, total & 0xFFFFFFFF], np.uint32)
-        gathered = multihost_utils.process_allgather(halves).astype(object).reshape(-1, 2)
-        total = sum((int(high) << 32) + int(low) for high, low in gathered)
-    held_out = (np.asarray(array).tobytes() for array in jax.tree.leaves(task.eval_groups))
-    return f"{(total + _hash(*held_out)) % 2**64:016x}"
-
-
-def _hash(*parts: Any) -> int:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else str(part).encode())
-    return int.from_bytes(digest.digest()[:8], "little")

@@ -2,14 +2,18 @@
 
 Which examples a step sees does not depend on the mesh (`train.data.batches`). So a batch has rows
 of every device, and is exchanged between them: few bytes, as examples are pixels and token ids.
+
+A group of examples is a pytree of arrays with a common leading axis.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdia_jax.sharding import BATCH_AXES, batch_sharding
@@ -28,21 +32,20 @@ def local_rows(count: int, mesh: Mesh | None) -> np.ndarray:
     return rows[rows < count]
 
 
-def place(group: Any, count: int, mesh: Mesh | None) -> Any:
+def place(groups: Sequence[Any], counts: Sequence[int], mesh: Mesh | None) -> tuple[Any, ...]:
     """The examples on their devices, [count rounded up, ...], split over data and fsdp.
 
     Args:
-        group: arrays of all `count` examples, or of the `local_rows` alone.
-        count: examples of all processes.
+        groups: each with arrays of all `count` examples, or of the `local_rows` alone.
+        counts: examples of all processes, of each group.
         mesh: None: on the default device.
     """
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, group)
-    held, size = local_rows(count, mesh), _padded(count, mesh)
 
-    def split(array):
-        array = np.asarray(array)
-        rows = np.arange(count) if len(array) == count else held
+    def split(array, count):
+        if mesh is None:
+            return jnp.asarray(array)
+        array, size = np.asarray(array), _padded(count, mesh)
+        rows = np.arange(count) if len(array) == count else local_rows(count, mesh)
 
         def part(index):
             start, stop = index[0].start or 0, index[0].stop or size
@@ -53,18 +56,24 @@ def place(group: Any, count: int, mesh: Mesh | None) -> Any:
         shape = (size, *array.shape[1:])
         return jax.make_array_from_callback(shape, NamedSharding(mesh, _SPEC), part)
 
-    return jax.tree.map(split, group)
+    return _map(split, groups, counts)
 
 
-def abstract(group: Any, count: int, mesh: Mesh | None) -> Any:
-    """Shapes, dtypes and shardings of `place(group, count, mesh)`."""
+def abstract(groups: Sequence[Any], counts: Sequence[int], mesh: Mesh | None) -> tuple[Any, ...]:
+    """Shapes, dtypes and shardings of `place(groups, counts, mesh)`."""
     sharding = None if mesh is None else NamedSharding(mesh, _SPEC)
-    size = count if mesh is None else _padded(count, mesh)
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(
-            (size, *array.shape[1:]), array.dtype, sharding=sharding
-        ),
-        group,
+
+    def shape(array, count):
+        size = count if mesh is None else _padded(count, mesh)
+        return jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype, sharding=sharding)
+
+    return _map(shape, groups, counts)
+
+
+def _map(function: Any, groups: Sequence[Any], counts: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(
+        jax.tree.map(lambda array, count=count: function(array, count), group)
+        for group, count in zip(groups, counts, strict=True)
     )
 
 
@@ -99,8 +108,6 @@ def to_host(tree: Any) -> Any:
     """The arrays of a state, whole, as NumPy arrays of this process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)
 
 

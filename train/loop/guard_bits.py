@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.audit import Audit
 from bdia_jax.nnx import BDIAStack
 from train.config import Config
-from train.data.batches import Batches
 from train.devices.mesh import open_mesh
-from train.devices.shards import place, take, to_host
-from train.loop.state import keys
+from train.devices.shards import place
+from train.loop.step_inputs import StepInputs
 from train.tasks.task import Task
 
 # An audit keeps all states, training does not: audit fewer examples if they would take more.
@@ -39,48 +37,49 @@ def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, An
         ValueError: no number of guard bits is enough for a stack.
     """
     inputs = stack_inputs(config, task, model)
-    audits = {}
+    audits = []
     for path, stack in _stacks(model).items():
         x, consts = _some_examples(inputs[path], stack, config.batch_chunks)
         stack.train()
         stack.batch_chunks = 1
         try:
-            audits[path] = stack.choose_guard_bits(x, *consts, rngs=nnx.Rngs(config.seed))
+            audits.append(stack.choose_guard_bits(x, *consts, rngs=nnx.Rngs(config.seed)))
         except ValueError as error:
             name = ".".join(map(str, path))
             raise ValueError(f"guard_bits is -1, but {name}: {error}") from error
-    facts = _facts(audits)
-    chosen = facts["guard_bits"]
+    facts = {
+        "guard_bits": max(audit.fixed_point.guard_bits for audit in audits),
+        "max_drift": max(audit.max_drift for audit in audits),
+        "audited": sum(audit.elements * len(audit.mismatches) for audit in audits),
+    }
     print(
-        f"guard bits: {chosen}, chosen by an audit of {facts['audited']:,} rebuilt elements: all "
-        f"exact, largest drift {facts['max_drift']:.3g} quanta",
+        f"guard bits: {facts['guard_bits']}, chosen by an audit of {facts['audited']:,} rebuilt "
+        f"elements: all exact, largest drift {facts['max_drift']:.3g} quanta",
         flush=True,
     )
-    return dataclasses.replace(config, guard_bits=chosen), facts
+    return dataclasses.replace(config, guard_bits=facts["guard_bits"]), facts
 
 
 def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.Array, tuple]]:
     """Path of each stack in the model -> (x, consts) it is called with in the first step."""
-    batches, mesh = Batches(task.train_sizes, config.batch_size), open_mesh(config.mesh)
-    epoch, group, position = batches.locate(jnp.int32(0))
-    examples = place(task.train_groups[int(group)], batches.sizes[int(group)], mesh)
-    _, data_key, step_key = keys(jnp.int32(config.seed))
-    index = batches.examples(data_key, int(group), epoch, position)
-    prepare_key, model_key = jax.random.split(jax.random.fold_in(step_key, 0))
-    batch = to_host(jax.jit(lambda examples: take(examples, index, mesh))(examples))
+    mesh = open_mesh(config.mesh)
+    inputs = StepInputs(config, task, mesh)
+    groups = place(task.train_groups, task.train_sizes, mesh)
+    examples = inputs.on_host(config.seed, 0, groups)
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def record(state, batch):
+    def record(state, examples):
         copy = nnx.merge(graphdef, state)
         copy.train()
         stacks = _stacks(copy)
         for stack in stacks.values():
             stack.__class__ = _Recorded
-        task.metrics(copy, task.prepare(prepare_key, batch), nnx.Rngs(model_key))
+        batch, key = inputs.drawn(jnp.int32(config.seed), 0, examples)
+        task.metrics(copy, batch, nnx.Rngs(key))
         return [stack.inputs for stack in stacks.values()]
 
-    return dict(zip(_stacks(model), record(state, batch), strict=True))
+    return dict(zip(_stacks(model), record(state, examples), strict=True))
 
 
 def _stacks(model: Any) -> dict[Any, Any]:
@@ -107,12 +106,3 @@ def _some_examples(inputs, stack: BDIAStack, parts: int) -> tuple[jax.Array, tup
         return leaf[:count] if jnp.ndim(leaf) and len(leaf) == batch else leaf
 
     return x[:count], jax.tree.map(cut, consts)
-
-
-def _facts(audits: dict[Any, Audit]) -> dict[str, Any]:
-    found = list(audits.values())
-    return {
-        "guard_bits": max(audit.fixed_point.guard_bits for audit in found),
-        "max_drift": max(audit.max_drift for audit in found),
-        "audited": sum(audit.elements * len(audit.mismatches) for audit in found),
-    }

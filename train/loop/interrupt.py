@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 class Stopped(SystemExit):
@@ -16,9 +17,10 @@ class Stopped(SystemExit):
 class Interrupt:
     """Inside `with Interrupt() as interrupt`, the first SIGTERM or SIGINT only sets a flag.
 
-    The second does what it always did, so that a run that does not stop can be ended. Signals
-    that were ignored stay so. In a thread that is not the main one nothing is changed: Python
-    lets only the main one take signals.
+    The second does what it did before, so that a run that does not stop can be ended. Signals that
+    were ignored, as under nohup or in the background of a script, are taken, too: to save and stop
+    is safe, and who sends them means it; the second ends the process. In a thread that is not the
+    main one nothing is changed: Python lets only the main one take signals.
     """
 
     def __init__(self):
@@ -32,24 +34,21 @@ class Interrupt:
         """
         number = self._number
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             number = int(np.max(multihost_utils.process_allgather(np.int32(number))))
         return signal.Signals(number).name if number else ""
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not in the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._notice)
+                self._before[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, *exc_info):
         for number, handler in self._before.items():  # None: it was set outside of Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._number = number
-        self.__exit__()
+        for each, handler in self._before.items():
+            signal.signal(each, handler if callable(handler) else signal.SIG_DFL)

@@ -14,7 +14,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from train.config import Config
 from train.devices.processes import is_first
+
+_FILE = "metrics.jsonl"  # in a workdir
 
 
 class Log:
@@ -25,18 +28,16 @@ class Log:
 
     Args:
         workdir: where the file is.
-        start_step, num_steps: of the run.
-        batch_size: examples a step sees, all seeds together.
+        config: the run's.
+        start_step: where it begins or goes on.
         memory_bytes: what a step needs, for the progress line.
     """
 
-    def __init__(
-        self, workdir: Path, start_step: int, num_steps: int, batch_size: int, memory_bytes: int
-    ):
-        self._file = workdir / "metrics.jsonl"
-        self._num_steps = num_steps
-        self._batch_size = batch_size
-        self._memory_bytes = memory_bytes
+    def __init__(self, workdir: Path, config: Config, start_step: int, memory_bytes: int):
+        self._file = workdir / _FILE
+        self._num_steps = config.num_steps
+        self._batch_size = config.batch_size * config.num_seeds  # of all seeds together
+        self._memory = _format_bytes(memory_bytes)
         self._mark = (time.monotonic(), start_step)
         kept = [
             record
@@ -51,12 +52,7 @@ class Log:
 
     def start(self, **facts: Any) -> None:
         """Where the numbers that follow come from: date, device and versions besides `facts`."""
-        self._write(
-            self._mark[1],
-            "start",
-            **origin(),
-            **facts,
-        )
+        self._write(self._mark[1], "start", **origin(), **facts)
 
     def train(self, step: int, **metrics: Any) -> None:
         """Metrics averaged since the last record. Speed leaves out what `pause` took."""
@@ -72,7 +68,7 @@ class Log:
             + (f"  acc {means['accuracy']:.3f}" if "accuracy" in means else "")
             + (f"  skipped {means['skipped']:g}" if means.get("skipped") else "")
             + f"  lr {means['learning_rate']:.1e}  {speed:.0f} ex/s"
-            f"  {format_bytes(self._memory_bytes)}  ETA {eta // 60}:{eta % 60:02d}",
+            f"  {self._memory}  ETA {eta // 60}:{eta % 60:02d}",
             flush=True,
         )
 
@@ -116,7 +112,7 @@ def read_records(workdir: Path) -> list[dict]:
     Raises:
         ValueError: another line is damaged.
     """
-    file = workdir / "metrics.jsonl"
+    file = workdir / _FILE
     lines = file.read_bytes().splitlines() if file.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
@@ -133,6 +129,17 @@ def read_records(workdir: Path) -> list[dict]:
             ) from error
         records.append(record)
     return records
+
+
+def metrics_of(record: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a record of an evaluation, means over the seeds."""
+    return {k: v for k, v in record.items() if k not in ("step", "kind", "seeds")}
+
+
+def final_metrics(workdir: Path) -> dict[str, float]:
+    """What a finished run ended with; {} for one that is not finished."""
+    final = [record for record in read_records(workdir) if record["kind"] == "final"]
+    return metrics_of(final[-1]) if final else {}
 
 
 def draw_curve(workdir: Path) -> None:
@@ -179,5 +186,5 @@ def device_name() -> str:
     return models[0] if models else platform.machine()
 
 
-def format_bytes(count: float) -> str:
+def _format_bytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -10,8 +10,9 @@ import numpy as np
 
 from train.config import Config
 from train.devices.processes import first_does
+from train.run.checksum import by_path
 
-FOLDER = "non_finite"  # in a workdir
+_FOLDER = "non_finite"  # in a workdir
 
 
 class Note(NamedTuple):
@@ -71,7 +72,10 @@ def select(which: jax.Array, new: Any, old: Any) -> Any:
 def report(workdir: Path, config: Config, note: Note, state: Any, batch: Callable[..., Any]) -> str:
     """What the first bad step was, in words; all it saw goes to workdir/non_finite/step_N.npz.
 
-    Of the skipped ones that is the first in the workdir only. All processes have to call it.
+    The file has step, seed, loss, grad_norm, grad_norm/PARAMETER and batch/FIELD, the examples as
+    the data set has them: what the step draws, such as augmentation, follows from seed and step
+    (`train.loop.step_inputs`). Of the skipped steps it is the first in the workdir only. All
+    processes have to call it.
 
     Args:
         workdir: of the run.
@@ -84,58 +88,36 @@ def report(workdir: Path, config: Config, note: Note, state: Any, batch: Callabl
     index = int(np.where(steps >= 0, steps, np.iinfo(np.int32).max).argmin())
     first = Note(*(each[index] for each in note)) if note.step.ndim else note
     seed, at = config.seed + index, int(first.step)
+    leaf_norms = dict(zip(by_path(state["params"]), first.leaf_norms, strict=True))
     of_seed = f" of seed {seed}" if config.num_seeds > 1 else ""
     said = (
         f"step {at}{of_seed} is not finite: loss is {first.loss}, grad_norm is {first.grad_norm}; "
-        f"{worst(first, state['params'])}"
+        f"{_worst(leaf_norms)}"
     )
-    folder = workdir / FOLDER
-    if config.non_finite == "skip" and first_does(_has_one, folder):
+    folder = workdir / _FOLDER
+    if config.non_finite == "skip" and first_does(lambda: any(folder.glob("step_*.npz"))):
         return said
-    examples = batch(seed, at)
-    first_does(dump, folder, seed, first, state["params"], examples)
-    return f"{said}. {folder / f'step_{at}.npz'} has its batch and the norm of each gradient"
+    values = {"step": first.step, "seed": np.int32(seed), "loss": first.loss}
+    values["grad_norm"] = first.grad_norm
+    values |= {f"grad_norm/{name}": norm for name, norm in leaf_norms.items()}
+    values |= {f"batch/{name}": array for name, array in by_path(batch(seed, at)).items()}
+    file = folder / f"step_{at}.npz"
+    first_does(_write, file, values)
+    return f"{said}. {file} has its batch and the norm of each gradient"
 
 
-def dump(folder: Path, seed: int, note: Note, params: Any, batch: Any) -> Path:
-    """Writes step_N.npz: step, seed, loss, grad_norm, grad_norm/PARAMETER and batch/FIELD.
-
-    Args:
-        folder: workdir / FOLDER.
-        seed: of the run.
-        note: of this seed, on the host.
-        params: for the names of the parameters.
-        batch: the examples of the step as the data set has them. What the step draws, such as
-            augmentation, is a function of seed and step (`train.loop.program`).
-    """
-    values = {"step": note.step, "seed": np.int32(seed), "loss": note.loss}
-    values["grad_norm"] = note.grad_norm
-    for (path, _), norm in zip(jax.tree.leaves_with_path(params), note.leaf_norms, strict=True):
-        values[f"grad_norm/{_name(path)}"] = norm
-    for path, array in jax.tree.leaves_with_path(batch):
-        values[f"batch/{_name(path)}"] = array
-    folder.mkdir(exist_ok=True)
-    file = folder / f"step_{int(note.step)}.npz"
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
     written = file.with_suffix(".tmp")
     with written.open("wb") as out:
         np.savez(out, **values)
     written.replace(file)
-    return file
 
 
-def worst(note: Note, params: Any) -> str:
+def _worst(leaf_norms: dict[str, Any]) -> str:
     """Which gradients are not finite, in words."""
-    names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-    bad = [name for name, norm in zip(names, note.leaf_norms, strict=True) if not np.isfinite(norm)]
+    bad = [name for name, norm in leaf_norms.items() if not np.isfinite(norm)]
     if not bad:
         return "the gradient of every parameter is finite"
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"not finite is the gradient of {bad[0]}{more} of {len(names)} parameters"
-
-
-def _has_one(folder: Path) -> bool:
-    return folder.exists() and any(folder.glob("step_*.npz"))
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return f"not finite is the gradient of {bad[0]}{more} of {len(leaf_norms)} parameters"

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +12,14 @@ import optax
 from flax import nnx
 
 from train.config import Config
-from train.data.batches import Batches
-from train.devices.mesh import check_batch, open_mesh
-from train.devices.shards import abstract, place, take, to_host
+from train.devices.mesh import check_shares, open_mesh
+from train.devices.shards import abstract, place
+from train.devices.totals import group_totals
 from train.loop import non_finite
-from train.loop.evaluation import group_totals
 from train.loop.non_finite import Note
 from train.loop.optimizer import make_schedule
-from train.loop.state import State, Training, keys, weights
+from train.loop.state import State, Training, weights
+from train.loop.step_inputs import StepInputs
 from train.tasks.task import Arrays, Task
 
 
@@ -31,7 +32,7 @@ class Program(NamedTuple):
         under "non_finite" a `Note`); the state is donated. A step that is not finite leaves the
         state as it was; it is the last one, unless config.non_finite is "skip".
     evaluate: jitted (state, groups) -> metrics.
-    batch: (seed, groups, step) -> the examples this step sees, on the host.
+    batch: (seed, step, groups) -> the examples this step sees, on the host.
     models: state -> the trained models, one a seed, in evaluation mode, on one device.
     abstract: the model, shapes only, without adapters.
     abstract_state: the state's shapes, dtypes and shardings.
@@ -43,7 +44,7 @@ class Program(NamedTuple):
     place: Callable[[tuple[Arrays, ...], tuple[int, ...]], tuple[Arrays, ...]]
     train_steps: Any
     evaluate: Any
-    batch: Callable[[int, tuple[Arrays, ...], int], Arrays]
+    batch: Callable[[int, int, tuple[Arrays, ...]], Arrays]
     models: Callable[[State], list[nnx.Module]]
     abstract: nnx.Module
     abstract_state: State
@@ -54,41 +55,31 @@ class Program(NamedTuple):
 def make_program(config: Config, task: Task) -> Program:
     """What a run needs, no step traced yet (`lower_steps` does) and no parameter made."""
     mesh = open_mesh(config.mesh)
-    check_batch(config, mesh)
-    batches = Batches(task.train_sizes, config.batch_size)
+    check_shares(config, mesh)
+    inputs = StepInputs(config, task, mesh)
+    batches = inputs.batches
     schedule = make_schedule(config)
     skips = config.non_finite == "skip"
     training = Training(config, task.make_model, mesh)
 
-    def gradient_of(group: int):
-        def gradient(state: State, examples: Any, epoch, position, key):
-            _, data_key, _ = keys(state["seed"])
-            index = batches.examples(data_key, group, epoch, position)
-            prepare_key, model_key = jax.random.split(key)
-            batch = take(examples[group], index, mesh)
-            batch = task.prepare(prepare_key, batch)
+    def gradient(group: int, state: State, step, groups: Any, epoch, position):
+        examples = inputs.examples(state["seed"], groups, epoch, group, position)
+        batch, key = inputs.drawn(state["seed"], step, examples)
 
-            def loss_fn(params):
-                model = training.merge(state | {"params": params})
-                model.train()
-                metrics = _ratios(task.metrics(model, batch, nnx.Rngs(model_key)))
-                return metrics["loss"], (metrics, training.stats(model))
+        def loss_fn(params):
+            model = training.merge(state | {"params": params})
+            model.train()
+            metrics = _ratios(task.metrics(model, batch, nnx.Rngs(key)))
+            return metrics["loss"], (metrics, training.stats(model))
 
-            grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state["params"])
-            return grads, metrics, stats
+        grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state["params"])
+        return grads, metrics, stats
 
-        return gradient
-
-    branches = [gradient_of(group) for group in range(len(batches.sizes))]
-
-    def gradient_step(state: State, step: jax.Array, examples: Any):
+    def gradient_step(state: State, step: jax.Array, groups: Any):
         epoch, group, position = batches.locate(step)
-        key = jax.random.fold_in(keys(state["seed"])[2], step)
-        operands = (state, examples, epoch, position, key)
-        if len(branches) == 1:
-            grads, metrics, stats = branches[0](*operands)
-        else:
-            grads, metrics, stats = jax.lax.switch(group, branches, *operands)
+        branches = [partial(gradient, each) for each in range(len(batches.sizes))]
+        operands = (state, step, groups, epoch, position)
+        grads, metrics, stats = jax.lax.switch(group, branches, *operands)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
         return (grads, stats), metrics, non_finite.norms(grads)
 
@@ -100,8 +91,8 @@ def make_program(config: Config, task: Task) -> Program:
     def train_steps(state: State, examples: Any, count: jax.Array):
         """`count` steps in one dispatch; one program for every count."""
         step, state = state["step"], {k: v for k, v in state.items() if k != "step"}
-        gradient, update = over_seeds(gradient_step, (0, None, None)), over_seeds(update_step, 0)
-        _, shapes, leaf_norms = jax.eval_shape(gradient, state, step, examples)
+        step_of, update = over_seeds(gradient_step, (0, None, None)), over_seeds(update_step, 0)
+        _, shapes, leaf_norms = jax.eval_shape(step_of, state, step, examples)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         none = Note.none(shapes["loss"].shape, leaf_norms.shape[-1])
 
@@ -111,7 +102,7 @@ def make_program(config: Config, task: Task) -> Program:
 
         def one(carry):
             index, state, sums, note = carry
-            found, metrics, leaf_norms = gradient(state, step + index, examples)
+            found, metrics, leaf_norms = step_of(state, step + index, examples)
             kept = non_finite.is_finite(metrics)
             note = note.after(step + index, metrics, leaf_norms)
             sums = non_finite.select(kept, jax.tree.map(jnp.add, sums, metrics), sums)
@@ -137,34 +128,24 @@ def make_program(config: Config, task: Task) -> Program:
         totals = jax.tree.map(lambda *parts: sum(parts), *totals)
         return {name: total / weight for name, (total, weight) in totals.items()}
 
-    def batch(seed: int, groups: tuple[Arrays, ...], step: int) -> Arrays:
-        epoch, group, position = batches.locate(jnp.int32(step))
-        index = batches.examples(keys(jnp.int32(seed))[1], int(group), epoch, position)
-        return to_host(take(groups[int(group)], index, mesh))
-
     def over_seeds(function, in_axes):
         return function if config.num_seeds == 1 else jax.vmap(function, in_axes=in_axes)
 
     def evaluate(state: State, examples: Any):
         return over_seeds(evaluate_one, (0, None))(weights(state), examples)
 
-    def on_mesh(function):
-        return lambda groups, sizes: tuple(
-            function(group, size, mesh) for group, size in zip(groups, sizes, strict=True)
-        )
-
     return Program(
         init=training.init,
-        place=on_mesh(place),
+        place=partial(place, mesh=mesh),
         train_steps=jax.jit(
             train_steps, donate_argnums=0, out_shardings=training.out_shardings(True)
         ),
         evaluate=jax.jit(evaluate, out_shardings=training.out_shardings(False)),
-        batch=batch,
+        batch=inputs.on_host,
         models=training.models,
         abstract=training.abstract,
         abstract_state=training.abstract_state,
-        abstract_groups=on_mesh(abstract)(task.train_groups, task.train_sizes),
+        abstract_groups=abstract(task.train_groups, task.train_sizes, mesh),
         steps_per_epoch=batches.steps_per_epoch,
     )
 

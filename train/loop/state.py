@@ -16,6 +16,7 @@ from train.config import Config
 from train.devices.mesh import state_shardings
 from train.devices.shards import to_host
 from train.loop.optimizer import make_optimizer
+from train.loop.step_inputs import keys
 from train.tasks import TASKS
 
 # "step" int32 [], "seed" int32, "params" (what is trained), "frozen" (parameters that are not; with
@@ -52,7 +53,6 @@ class Training:
         model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         self._local_graphdef = self._graphdef = self._split(model)[0]
         if mesh is not None:
-            _check_seeds(config)
             set_mesh(model, mesh)
             self._graphdef = self._split(model)[0]
         stacked = nnx.filter_state(stacked_params(model), self._trained)
@@ -64,8 +64,9 @@ class Training:
         if mesh is not None:
             self._shardings = state_shardings(self.abstract_state, model, self.tx, mesh)
             self.abstract_state = jax.tree.map(
-                lambda leaf, its: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=its),
-                *(self.abstract_state, self._shardings),
+                lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
+                self.abstract_state,
+                self._shardings,
             )
 
     def init(self, pretrained: Any = None) -> State:
@@ -77,11 +78,13 @@ class Training:
         return jax.jit(self._init, out_shardings=self._shardings)(pretrained)
 
     def _init(self, pretrained: Any) -> State:
-        count = self._config.num_seeds
-        seeds = self._config.seed + jnp.arange(count, dtype=jnp.int32)
-        one = self._init_one if count > 1 else lambda seeds, its: self._init_one(seeds[0], its)
-        function = jax.vmap(one, in_axes=(0, None)) if count > 1 else one
-        return function(seeds, pretrained) | {"step": jnp.zeros([], jnp.int32)}
+        seed, count = jnp.int32(self._config.seed), self._config.num_seeds
+        if count == 1:
+            state = self._init_one(seed, pretrained)
+        else:
+            init = jax.vmap(self._init_one, in_axes=(0, None))
+            state = init(seed + jnp.arange(count), pretrained)
+        return state | {"step": jnp.zeros([], jnp.int32)}
 
     def _init_one(self, seed: jax.Array, pretrained: Any) -> State:
         model = self._make(nnx.Rngs(keys(seed)[0]))
@@ -95,8 +98,7 @@ class Training:
 
     def merge(self, state: State) -> Any:
         """The model of a state of one seed."""
-        values = weights(state)
-        return nnx.merge(self._graphdef, *values.values(), self._rng_state)
+        return nnx.merge(self._graphdef, *weights(state).values(), self._rng_state)
 
     def out_shardings(self, with_state: bool) -> Any:
         """Of (state, metrics), or of metrics alone; None without a mesh."""
@@ -113,16 +115,14 @@ class Training:
         values = weights(state)
         if self._mesh is not None:
             values = jax.tree.map(jnp.asarray, to_host(values))
-        each = [values]
-        if self._config.num_seeds > 1:
-            each = [
-                jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
-                for seed in range(self._config.num_seeds)
-            ]
-        merged = [nnx.merge(self._local_graphdef, *one.values(), self._rng_state) for one in each]
-        for model in merged:
-            model.eval()
-        return merged
+        models = []
+        for seed in range(self._config.num_seeds):
+            one = values
+            if self._config.num_seeds > 1:
+                one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], values)
+            models.append(nnx.merge(self._local_graphdef, *one.values(), self._rng_state))
+            models[-1].eval()
+        return models
 
     def stats(self, model: Any) -> Any:
         """Batch statistics after a step."""
@@ -132,9 +132,12 @@ class Training:
         model, options = self._make_model(rngs), self._config.lora
         if options.rank:
             lora.add(
-                *(model, lora.query_and_value(model)),
-                **{"rank": options.rank, "alpha": options.alpha},
-                **{"dropout_rate": options.dropout_rate, "rngs": rngs},
+                model,
+                lora.query_and_value(model),
+                rank=options.rank,
+                alpha=options.alpha,
+                dropout_rate=options.dropout_rate,
+                rngs=rngs,
             )
         return model
 
@@ -151,19 +154,6 @@ def _trained(config: Config) -> Any:
     return nnx.Any(nnx.LoRAParam, TASKS[config.task].head) if config.lora.rank else nnx.Param
 
 
-def _check_seeds(config: Config) -> None:
-    if config.num_seeds > 1:
-        raise ValueError(
-            f"num_seeds is {config.num_seeds} with a mesh of several devices; train one seed at a "
-            "time there, or all of them on one device"
-        )
-
-
 def weights(state: State) -> State:
     """What of a state the model consists of."""
     return {name: state[name] for name in ("params", "frozen", "stats") if name in state}
-
-
-def keys(seed: jax.Array):
-    """Keys of initialization, of the order of examples, and of what a step draws."""
-    return jax.random.split(jax.random.key(seed), 3)

@@ -1,6 +1,5 @@
 """The training loop: data, program, restore, loop."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,19 +13,18 @@ from train.config import Config
 from train.data.tokens import Bpe
 from train.datasets.registry import footnote, open_builder
 from train.devices.mesh import open_mesh
-from train.devices.processes import data_fingerprint, first_does
+from train.devices.processes import first_does
 from train.loop import guard_bits, non_finite
 from train.loop.interrupt import Interrupt, Stopped
-from train.loop.log import Log, draw_curve, format_bytes, read_records
-from train.loop.program import Program, check_fits, compile_steps, lower_steps, make_program
+from train.loop.log import Log, draw_curve, final_metrics, read_records
+from train.loop.program import Program, check_fits, lower_steps, make_program
 from train.loop.state import State
 from train.run.checkpoint import Checkpoints
+from train.run.fingerprint import data_fingerprint
 from train.run.pretrained import keep_description, read_params
 from train.run.workdir import holds_run, open_workdir, writing
 from train.tasks import load_task
 from train.tasks.task import Task
-
-NOT_METRICS = ("step", "kind", "seeds")  # fields of an evaluation record besides the metrics
 
 
 def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
@@ -61,32 +59,27 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     # only now: bad data or sizes leave no folder behind
     path = Path(workdir).absolute()
     first_does(_claim, path, config, task, fingerprint)
-    kept = (config.keep_last, config.keep_best)
-    with Checkpoints(path, *kept, fingerprint) as checkpoints, writing(path):
-        state = checkpoints.restore_or(program.init, pretrained, abstract=program.abstract_state)
+    checkpoints = Checkpoints(path, config.keep_last, config.keep_best, fingerprint)
+    with checkpoints, writing(path):
+        state = checkpoints.restore_or(partial(program.init, pretrained), program.abstract_state)
         del pretrained
         guard_facts: dict[str, Any] = {}
         if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
             chosen, guard_facts = guard_bits.choose(config, task, program.models(state)[0])
             program = make_program(chosen, task)
             lowered = lower_steps(program)
-        train_steps = lowered.compile()
-        memory = memory_report(train_steps)
+        program = program._replace(train_steps=lowered.compile())
+        memory = memory_report(program.train_steps)
         start = int(state["step"])
         seeds = f" x {config.num_seeds} seeds" if config.num_seeds > 1 else ""
+        count = sum(leaf.size for leaf in jax.tree.leaves(state["params"])) // config.num_seeds
         print(
-            f"{'resuming' if start else 'training'} {parameter_count(state, config):,} "
-            f"parameters{seeds} on {task.describe}, {jax.devices()[0].device_kind}, from step "
-            f"{start} to {config.num_steps}",
+            f"{'resuming' if start else 'training'} {count:,} parameters{seeds} on "
+            f"{task.describe}, {jax.devices()[0].device_kind}, from step {start} to "
+            f"{config.num_steps}",
             flush=True,
         )
-        log = Log(
-            path,
-            start,
-            config.num_steps,
-            config.batch_size * config.num_seeds,
-            memory.temporaries + memory.arguments,
-        )
+        log = Log(path, config, start, memory.temporaries + memory.arguments)
         log.start(
             command=command,
             fingerprint=fingerprint,
@@ -95,31 +88,18 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
             temp_bytes=memory.temporaries,
             **guard_facts,
         )
-        groups = (
-            program.place(task.train_groups, task.train_sizes),
-            program.place(task.eval_groups, task.eval_sizes),
-        )
-        program = program._replace(train_steps=train_steps)
+        train_groups = program.place(task.train_groups, task.train_sizes)
+        eval_groups = program.place(task.eval_groups, task.eval_sizes)
         with Interrupt() as interrupt:
-            state, metrics = _loop(config, groups, program, checkpoints, interrupt, log, state)
+            state, metrics = _loop(
+                config, program, train_groups, eval_groups, checkpoints, interrupt, log, state
+            )
         checkpoints.wait()  # a run is finished once its last state is on the disk
         models = program.models(state)
         first_does(_finish, task, models, path, log, config.num_steps, metrics)
     metrics = final_metrics(path)
     print(f"final {_listed(metrics)}  on {config.eval_split}; curve in {path / 'curve.png'}")
     return metrics
-
-
-def _finish(task: Task, models: Any, path: Path, log: Log, step: int, metrics: Any) -> None:
-    with writing(path):
-        draw_curve(path)
-        log.final(step, **metrics, **task.finish(models, path))
-
-
-def final_metrics(workdir: Path) -> dict[str, float]:
-    """What a finished run ended with, means over the seeds; {} for one that is not finished."""
-    final = [record for record in read_records(workdir) if record["kind"] == "final"]
-    return {k: v for k, v in final[-1].items() if k not in NOT_METRICS} if final else {}
 
 
 def _listed(metrics: dict[str, float]) -> str:
@@ -143,22 +123,25 @@ def _claim(workdir: Path, config: Config, task: Task, fingerprint: str) -> None:
             task.tokenizer.save(workdir / "tokenizer.json")
 
 
+def _finish(task: Task, models: Any, path: Path, log: Log, step: int, metrics: Any) -> None:
+    with writing(path):
+        draw_curve(path)
+        log.final(step, **metrics, **task.finish(models, path))
+
+
 def _loop(
     config: Config,
-    groups: tuple[Any, Any],
     program: Program,
+    train_groups: tuple[Any, ...],
+    eval_groups: tuple[Any, ...],
     checkpoints: Checkpoints,
     interrupt: Interrupt,
     log: Log,
     state: State,
 ) -> tuple[State, dict[str, Any]]:
-    """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late.
-
-    groups: the placed examples, for training and for evaluation.
-    """
-    train_groups, eval_groups = groups
-    batch = lambda seed, step: program.batch(seed, train_groups, step)  # noqa: E731
-    watched = partial(_log_train, log, config, checkpoints, batch)
+    """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late."""
+    batch = partial(program.batch, groups=train_groups)
+    log_train = partial(_log_train, log, config, checkpoints, batch)
     step = start = int(state["step"])
     pending: Any = None
     metrics: dict[str, Any] = {}
@@ -168,7 +151,7 @@ def _loop(
         evaluates = last or (step > 0 and step % config.eval_every_steps == 0 and not signal)
         saves = step > start and (last or step % config.checkpoint_every_steps == 0 or bool(signal))
         if pending and (evaluates or saves):
-            watched(pending[0], pending[1], state)
+            log_train(*pending, state)
             pending = None
         if evaluates:
             with log.pause():
@@ -177,31 +160,22 @@ def _loop(
         if saves:  # with the score of its evaluation
             checkpoints.save(step, state, metrics if evaluates else None)
         if signal:
-            raise _stop(step, start, signal, checkpoints)
+            checkpoints.wait()
+            saved = "saved" if step > start else "no step since the start"
+            print(
+                f"stopped by {signal} at step {step}, {saved}; the same command resumes it",
+                flush=True,
+            )
+            raise Stopped(0)
         if last:
             return state, metrics
-        boundary = min(
-            (step // every + 1) * every
-            for every in (
-                config.log_every_steps,
-                config.eval_every_steps,
-                config.checkpoint_every_steps,
-            )
-        )
-        boundary = min(boundary, config.num_steps)
+        every = (config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+        boundary = min(config.num_steps, *((step // steps + 1) * steps for steps in every))
         state, values = program.train_steps(state, train_groups, np.int32(boundary - step))
         step = boundary
         if pending:
-            watched(pending[0], pending[1], state)
+            log_train(*pending, state)
         pending = (step, values)
-
-
-def _stop(step: int, start: int, signal: str, checkpoints: Checkpoints) -> Stopped:
-    """What to raise, once the state is on the disk."""
-    checkpoints.wait()
-    saved = "saved" if step > start else "no step since the start"
-    print(f"stopped by {signal} at step {step}, {saved}; the same command resumes it", flush=True)
-    return Stopped(0)
 
 
 def _log_train(
@@ -235,22 +209,4 @@ def _log_train(
         f"{said}; the state before it is checkpoint {at}. Try a lower learning_rate or "
         "grad_clip_norm > 0 in a new --workdir, or leave such steps out from here on by the same "
         "command and --config.non_finite=skip"
-    )
-
-
-def parameter_count(state: State, config: Config) -> int:
-    """Parameters of one model."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state["params"])) // config.num_seeds
-
-
-def memory_line(config: Config, workdir: str) -> str:
-    """What a training step of the run in `workdir` needs, next to the plain model's."""
-    own_bytes = read_records(Path(workdir))[0]["temp_bytes"]
-    plain = dataclasses.replace(config, stack="bdia", gamma=0.0, quantize=False, backprop="store")
-    task = load_task(plain)
-    compiled = compile_steps(make_program(plain, task))
-    plain_bytes = memory_report(compiled).temporaries
-    return (
-        f"a step needs {format_bytes(own_bytes)} beyond parameters and data, "
-        f"the plain model {format_bytes(plain_bytes)}: {own_bytes / plain_bytes:.2f} of it"
     )

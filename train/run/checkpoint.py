@@ -1,5 +1,6 @@
 """Checkpoints of the training state: Orbax, with checksums, and a way back from damaged ones."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from train.devices.processes import is_first
-from train.run import aftermath
+from train.run.arrays import arrays_handler
 from train.run.checksum import checksums
 from train.run.record import (
     Damaged,
@@ -52,23 +54,14 @@ class Checkpoints:
         self._fingerprint = fingerprint
         self._read_only = read_only
         self._saving = 0
-        self._scores: dict[int, float | None] = {}
-        self._policy = AnyPreservationPolicy(
-            [LatestN(keep_last), PreserveBest(keep_best, self._score)]
-        )
-        aftermath.silence()
+        self._scores: dict[int, float] = {}
+        best = PreserveBest(keep_best, self._score)
+        self._policy = AnyPreservationPolicy([LatestN(keep_last), best])
         self._manager = self._open()
 
-    def restore_or(self, init: Callable[..., Any], *arguments: Any, abstract: Any = None) -> Any:
-        """The newest saved state; init(*arguments) if none was saved yet.
-
-        Args:
-            init: makes the state before the first step.
-            abstract: as of `restore`; None for the layout of init().
-        """
-        if not self._manager.all_steps():
-            return init(*arguments)
-        return self.restore(init if abstract is None else abstract)
+    def restore_or(self, init: Callable[[], Any], abstract: Any) -> Any:
+        """The newest saved state, as of `restore`; init() if none was saved yet."""
+        return self.restore(abstract) if self._manager.all_steps() else init()
 
     def restore(self, abstract: Any, *, best: bool = False) -> Any:
         """The newest saved state that is what was saved, bit for bit.
@@ -77,15 +70,14 @@ class Checkpoints:
 
         Args:
             abstract: the state's jax.ShapeDtypeStruct, with the sharding it is to have, whatever
-                it had when it was saved; without one, on the first device. Or a function that
-                makes the state.
+                it had when it was saved; without one, on the first device.
             best: the one with the best score instead.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: all are damaged, or they are of other examples or another model.
         """
-        abstract = _with_shardings(jax.eval_shape(abstract) if callable(abstract) else abstract)
+        abstract = _with_shardings(abstract)
         damaged: dict[int, str] = {}
         for step in self._in_order(best):
             reason, state = "", None
@@ -121,18 +113,19 @@ class Checkpoints:
             return
         self.wait()
         self._saving = step
-        self._scores[step] = score_of(metrics or {})
+        score = score_of(metrics or {})
+        self._scores[step] = -math.inf if score is None else score
         record = {
             "step": step,
             "fingerprint": self._fingerprint,
-            "score": self._scores[step],
+            "score": score,
             "arrays": described(state, checksums(state)),
         }
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(sealed(record))
+                    state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(sealed(record))
                 ),
                 force=True,
             )
@@ -170,23 +163,15 @@ class Checkpoints:
             cleanup_tmp_directories=not self._read_only,  # of a run that was killed while it saved
             lightweight_initialize=True,  # else a damaged file could keep all from being opened
         )
+        handlers = {"state": arrays_handler(), "record": ocp.JsonCheckpointHandler()}
         try:
-            return ocp.CheckpointManager(
-                self.directory, item_names=("state", "record"), options=options
-            )
+            return ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
         except OSError as error:
             raise ValueError(f"{self.directory} cannot be used: {error.strerror}") from error
 
     def _in_order(self, best: bool) -> list[int]:
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if not best:
-            return steps
-        worst = float("-inf")
-        return sorted(
-            steps,
-            reverse=True,
-            key=lambda step: (worst if (score := self._score(step)) is None else score, step),
-        )
+        order = (lambda step: (self._score(step), step)) if best else None
+        return sorted(self._manager.all_steps(), key=order, reverse=True)
 
     def _read(self, step: int, abstract: Any) -> Any:
         record = read_record(self.directory / str(step))
@@ -204,7 +189,8 @@ class Checkpoints:
         return state
 
     def _restore(self, step: int, abstract: Any) -> Any:
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=how))
         try:
             return self._manager.restore(step, args=arguments)["state"]
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -252,12 +238,14 @@ class Checkpoints:
                 flush=True,
             )
 
-    def _score(self, step: int) -> float | None:
+    def _score(self, step: int) -> float:
+        """-inf for no evaluation at this step, or a damaged record."""
         if step not in self._scores:
             try:
-                self._scores[step] = read_record(self.directory / str(step))["score"]
+                score = read_record(self.directory / str(step))["score"]
             except Damaged:
-                self._scores[step] = None
+                score = None
+            self._scores[step] = -math.inf if score is None else score
         return self._scores[step]
 
     def _not_written(self, error: Exception) -> ValueError:
@@ -283,6 +271,4 @@ def _all_agree(value: bool) -> bool:
     """Whether it is true in every process. Also a meeting point of all."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return bool(np.all(multihost_utils.process_allgather(np.bool_(value))))

@@ -25,9 +25,9 @@ def read_params(config: Config, model: Any) -> Any:
     """
     if not config.init_from:
         return None
-    its = interop.read_architecture(config.init_from).arguments
+    arguments = interop.read_architecture(config.init_from).arguments
     keep = ()
-    if "num_classes" in its and its["num_classes"] != model.head.out_features:
+    if "num_classes" in arguments and arguments["num_classes"] != model.head.out_features:
         keep = ("head",)
     return nnx.to_pure_dict(interop.read_params(config.init_from, model, keep))
 

@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: of which step it is, how good, with which checksums."""
 
 import json
+import math
 import os
 import re
 import zlib
@@ -57,20 +58,19 @@ def score_of(metrics: Mapping[str, Any]) -> float | None:
 
 
 class PreserveBest(PreservationPolicy):
-    """Preserves the `count` checkpoints with the highest score, of equal ones the newest.
+    """Preserves the `count` checkpoints with the highest score (-inf: none), of equal the newest.
 
     Unlike Orbax's BestN it reads the score itself, and survives a record that is damaged.
     """
 
-    def __init__(self, count: int, score: Callable[[int], float | None]):
+    def __init__(self, count: int, score: Callable[[int], float]):
         self._count = count
         self._score = score
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        scored = [(self._score(info.step), info.step) for info in checkpoints]
-        ranked = sorted((each for each in scored if each[0] is not None), reverse=True)
-        best = {step for _, step in ranked[: self._count]}
+        scored = sorted(((self._score(info.step), info.step) for info in checkpoints), reverse=True)
+        best = {step for score, step in scored[: self._count] if score > -math.inf}
         return [info.step in best for info in checkpoints]
 
 

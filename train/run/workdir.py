@@ -2,21 +2,21 @@
 
 import contextlib
 import dataclasses
-import fnmatch
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from train.config import Config
 from train.tasks import open_config
 
 # What may differ between a run and its resumption without making it another run.
-_FREE_FIELDS = (
-    *("data_dir", "log_every_steps", "eval_every_steps", "checkpoint_every_steps"),
-    *("keep_last", "keep_best", "mesh.*", "non_finite"),
+_FREE = re.compile(
+    r"data_dir|(log|eval|checkpoint)_every_steps|keep_(last|best)|mesh\..*|non_finite"
 )
 _NO_CONTENT = {"config.tmp", "lost+found"}  # left by a kill; in the root of a file system
 
@@ -30,11 +30,12 @@ def open_workdir(workdir: str, config: Config) -> Path:
     """
     path = _absolute(workdir)
     file = path / "config.json"
-    values = json.loads(json.dumps(_flat(dataclasses.asdict(config))))  # as it will be read
-    with _usable(path):
+    values = flatten_dict(dataclasses.asdict(config), sep=".")
+    values = json.loads(json.dumps(values))  # as it will be read
+    with usable(path):
         path.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            _check_same(_read_values(file), values, path)
+            _check_same(read_fields(file), values, path)
         elif {entry.name for entry in path.iterdir()} - _NO_CONTENT:
             raise ValueError(
                 f"workdir {path} has files but no config.json, so it is no run to resume"
@@ -53,7 +54,7 @@ def holds_run(workdir: str) -> bool:
         ValueError: no folder can have this name.
     """
     path = _absolute(workdir)
-    with _usable(path):
+    with usable(path):
         return (path / "config.json").exists()
 
 
@@ -64,15 +65,11 @@ def read_config(workdir: Path) -> Config:
         ValueError: the file is damaged, or of another version of this program.
     """
     file = workdir / "config.json"
-    nested: dict[str, Any] = {}
-    for name, value in _read_values(file).items():
-        *where, field = name.split(".")
-        place = nested.setdefault(where[0], {}) if where else nested
-        place[field] = tuple(value) if isinstance(value, list) else value
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in read_fields(file).items()}
     try:
-        return open_config(ConfigDict(nested))
+        return open_config(ConfigDict(unflatten_dict(values, sep=".")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(_damaged(file, f"{type(error).__name__}: {error}")) from error
+        raise ValueError(damaged(file, f"{type(error).__name__}: {error}")) from error
 
 
 @contextlib.contextmanager
@@ -98,27 +95,30 @@ def _absolute(workdir: str) -> Path:
 
 
 @contextlib.contextmanager
-def _usable(path: Path) -> Iterator[None]:
+def usable(path: Path) -> Iterator[None]:
+    """An error of the system inside is a ValueError that says so of the workdir."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"workdir {path} cannot be used: {error.strerror}") from error
 
 
-def _read_values(file: Path) -> dict[str, Any]:
+def read_fields(file: Path) -> dict[str, Any]:
+    """The dict in a JSON file. Raises ValueError if it is damaged."""
     try:
         values = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, or not text
-        raise ValueError(_damaged(file, str(error))) from error
+        raise ValueError(damaged(file, str(error))) from error
     if not isinstance(values, dict):
-        raise ValueError(_damaged(file, f"a {type(values).__name__} instead of fields"))
+        raise ValueError(damaged(file, f"a {type(values).__name__} instead of fields"))
     return values
 
 
-def _damaged(file: Path, reason: str) -> str:
+def damaged(file: Path, reason: str) -> str:
+    """What to say of such a file, with the remedy."""
     return (
         f"{file} is damaged, or of another version of this program ({reason}). Start the same "
-        "command on a new --workdir, and copy the config.json from there"
+        f"command on a new --workdir, and copy the {file.name} from there"
     )
 
 
@@ -126,23 +126,10 @@ def _check_same(old: dict, new: dict, path: Path) -> None:
     changed = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not _is_free(name)
+        if old.get(name) != new.get(name) and not _FREE.fullmatch(name)
     ]
     if changed:
         raise ValueError(
             f"workdir {path} holds a run of another config: {'; '.join(changed)}. "
             "Set them back to resume it, or take another --workdir"
         )
-
-
-def _is_free(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FREE_FIELDS)
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat

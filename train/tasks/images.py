@@ -33,7 +33,7 @@ from train.data.augment import augment
 from train.datasets.registry import in_chunks, open_builder, open_split
 from train.devices.mesh import open_mesh
 from train.devices.shards import local_rows
-from train.loop.evaluation import group_totals
+from train.devices.totals import group_totals
 from train.tasks.task import Metrics, Task, TaskKind
 
 

@@ -1,5 +1,6 @@
 """Metrics over a whole group of examples."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,13 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.devices.shards import take
-from train.tasks.task import Arrays, MetricsFn, group_size
 
 
 def group_totals(
     model: Any,
-    metrics: MetricsFn,
-    group: Arrays,
+    metrics: Callable[[Any, Any, None], dict[str, tuple[jax.Array, jax.Array]]],
+    group: Any,
     batch_size: int,
     count: int | None = None,
     mesh: Mesh | None = None,
@@ -31,17 +31,15 @@ def group_totals(
         mesh: over which the group is placed.
     """
     graphdef, state = nnx.split(model)
-    count = group_size(group) if count is None else count
+    count = len(jax.tree.leaves(group)[0]) if count is None else count
     size = min(batch_size, count)
 
     def batch_totals(first):
         index = first + jnp.arange(size)
         inside = (index < count).astype(jnp.float32)
-        index = jnp.minimum(index, count - 1)
-        batch = take(group, index, mesh)
-        here = nnx.merge(
-            graphdef, state, copy=True
-        )  # a model that writes its state may do so in the loop
+        batch = take(group, jnp.minimum(index, count - 1), mesh)
+        # a copy: a model that writes its state may do so in the loop
+        here = nnx.merge(graphdef, state, copy=True)
         return jax.tree.map(lambda values: jnp.sum(values * inside), metrics(here, batch, None))
 
     totals = jax.lax.map(batch_totals, jnp.arange(0, count, size))

@@ -1,6 +1,12 @@
-"""Finding what must not be separated: items that are linked by a shared key."""
+"""Which split an example belongs to: by its text alone, and never apart from what it shares."""
 
+import hashlib
 from collections.abc import Hashable, Iterable, Sequence
+
+
+def bucket(text: str, buckets: int) -> int:
+    """A number in 0..buckets-1 that depends on the text alone: its sha256 modulo buckets."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % buckets
 
 
 def connected(keys: Sequence[Iterable[Hashable]]) -> list[list[int]]:
