@@ -86,13 +86,13 @@ class Stack(nnx.Module):
         return width
 
     def pure(self, rngs: nnx.Rngs, *calls: Callable[..., Any]) -> "Pure":
-        """The blocks as pure functions, one for each `call(block, x, *consts)`.
+        """The blocks as pure functions, one for each `call(block, x, *consts)`; its own by default.
 
         In training mode every random stream inside the blocks gets new keys from the stream
         "dropout" of rngs, one a block, and others in each function but the first. With `dtype`
         they cast parameters, x and consts; state and keys stay as they are.
         """
-        dtype = self.dtype
+        dtype, calls = self.dtype, calls or (call_whole,)
         graphdef, weights, keys, counts, state = nnx.split(
             self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
         )

@@ -235,7 +235,7 @@ class BDIAStack(Stack):
             deterministic=self.deterministic,
         )
         if not evaluation.branches:
-            pure = self.pure(rngs, call_whole)
+            pure = self.pure(rngs)
             return pure, pure.block_fns[0], evaluation.chunks
         pure = self.pure(rngs, *(partial(call_branch, name) for name in evaluation.branches))
         return pure, pure.block_fns, evaluation.chunks

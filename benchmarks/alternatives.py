@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bdia_jax._stack import Stack, call_whole
+from bdia_jax.nnx import Stack
 
 # inside a scan nothing can be merged across the two passes, so no barriers are needed
 _checkpoint = partial(jax.checkpoint, prevent_cse=False)
@@ -35,7 +35,7 @@ class _ResidualStack(Stack):
             *consts: pytrees of arrays every block is called with, differentiated.
             rngs: stream "dropout" (or a default) for this call, in place of the stack's own.
         """
-        pure = self.pure(self.rngs if rngs is None else rngs, call_whole)
+        pure = self.pure(self.rngs if rngs is None else rngs)
 
         def block(x, params_k):
             h, aux = pure.block_fns[0](params_k, x, *consts)

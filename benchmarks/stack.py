@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import FixedPoint
-from bdia_jax._stack import Stack
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.models.blocks import PreNormBlock
-from bdia_jax.nnx import BDIAStack
+from bdia_jax.nnx import BDIAStack, Stack
 from benchmarks.alternatives import OffloadStack, ScanStack, TwoLevelStack
 
 Maker = Callable[..., Stack]  # (make_block, depth, rngs=...)

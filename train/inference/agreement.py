@@ -8,9 +8,8 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax import FixedPoint, bdia_scan
-from bdia_jax._stack import Stack, call_whole
 from bdia_jax.fixed_point import dequantize, quantize
-from bdia_jax.nnx import BDIAStack
+from bdia_jax.nnx import BDIAStack, Stack
 from train.tasks.task import Arrays, MetricsFn, group_size
 
 
@@ -124,7 +123,7 @@ def _watch(model: Any, fixed_point, last: dict, one_block: dict) -> None:
 
 def _block_distance(stack: BDIAStack, x, consts, fixed_point):
     """`_distance` of what each block makes of x_k, k = 0 .. K-1, in the two formats."""
-    pure = stack.pure(stack.rngs, call_whole)
+    pure = stack.pure(stack.rngs)
     formats = (fixed_point, None)
 
     def body(x, params_k):

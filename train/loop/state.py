@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdia_jax import lora
-from bdia_jax._stack import stacked_params
+from bdia_jax.nnx import stacked_params
 from bdia_jax.sharding import set_mesh
 from train.config import Config
 from train.devices.mesh import state_shardings

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from bdia_jax._stack import Stack
 from bdia_jax.models.attention import choose_implementation
+from bdia_jax.nnx import Stack
 from bdia_jax.sharding import AXES, batch_sharding
 from train.config import Config, MeshConfig
 from train.loop.state import Training
