@@ -36,10 +36,16 @@ def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, An
     Raises:
         ValueError: no number of guard bits is enough for a stack.
     """
-    inputs = stack_inputs(config, task, model)
+    inputs, stacks = stack_inputs(config, task, model), _stacks(model)
+    counts = [
+        _audited_examples(inputs[path][0], stack, config.batch_chunks)
+        for path, stack in stacks.items()
+    ]
+    if min(counts) < config.batch_size:
+        inputs = stack_inputs(config, task, model, min(counts))
     audits = []
-    for path, stack in _stacks(model).items():
-        x, consts = _some_examples(inputs[path], stack, config.batch_chunks)
+    for path, stack in stacks.items():
+        x, consts = inputs[path]
         stack.train()
         stack.batch_chunks = 1
         try:
@@ -60,8 +66,14 @@ def choose(config: Config, task: Task, model: Any) -> tuple[Config, dict[str, An
     return dataclasses.replace(config, guard_bits=facts["guard_bits"]), facts
 
 
-def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.Array, tuple]]:
-    """Path of each stack in the model -> (x, consts) it is called with in the first step."""
+def stack_inputs(
+    config: Config, task: Task, model: Any, count: int | None = None
+) -> dict[Any, tuple[jax.Array, tuple]]:
+    """Path of each stack in the model -> (x, consts) it is called with in the first step.
+
+    With `count` the model sees so many of its examples. (Of what a stack is called with they could
+    not be taken: which of its arguments are of samples only its block knows.)
+    """
     mesh = open_mesh(config.mesh)
     inputs = StepInputs(config, task, mesh)
     groups = place(task.train_groups, task.train_sizes, mesh)
@@ -76,6 +88,7 @@ def stack_inputs(config: Config, task: Task, model: Any) -> dict[Any, tuple[jax.
         for stack in stacks.values():
             stack.__class__ = _Recorded
         batch, key = inputs.drawn(jnp.int32(config.seed), 0, examples)
+        batch = jax.tree.map(lambda array: array[:count], batch)
         task.metrics(copy, batch, nnx.Rngs(key))
         return [stack.inputs for stack in stacks.values()]
 
@@ -95,14 +108,7 @@ class _Recorded(BDIAStack):
         return super().__call__(x, *consts, rngs=rngs)
 
 
-def _some_examples(inputs, stack: BDIAStack, parts: int) -> tuple[jax.Array, tuple]:
-    """x and consts of some examples; consts with a leading axis of the batch are cut too."""
-    x, consts = inputs
-    batch = len(x)
+def _audited_examples(x: jax.Array, stack: BDIAStack, batch_chunks: int) -> int:
+    """As many examples as a block sees at once, fewer if their states are too large."""
     per_example = 8 * stack.depth * math.prod(x.shape[1:])  # a state, and its value before rounding
-    count = max(1, min(batch // parts, _AUDIT_BYTES // per_example))
-
-    def cut(leaf):
-        return leaf[:count] if jnp.ndim(leaf) and len(leaf) == batch else leaf
-
-    return x[:count], jax.tree.map(cut, consts)
+    return max(1, min(len(x) // batch_chunks, _AUDIT_BYTES // per_example))
