@@ -22,10 +22,14 @@ _checkpoint = partial(jax.checkpoint, prevent_cse=False)
 
 
 class _ResidualStack(Stack):
-    """x + h_k(x), K times; the subclass says in which loop."""
+    """x + h_k(x), K times; the subclass says in which loop.
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, **options: Any):
-        super().__init__(make_block, depth, **{"backprop": "remat", **options})
+    Args:
+        make_block, depth, options: rngs, has_aux, and in a `ScanStack` backprop, as in `BDIAStack`.
+    """
+
+    def __init__(self, make_block: Any, depth: int, *, backprop: str = "remat", **options: Any):
+        super().__init__(make_block, depth, backprop=backprop, **options)
 
     def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
@@ -49,12 +53,7 @@ class _ResidualStack(Stack):
 
 
 class ScanStack(_ResidualStack):
-    """A scan over the blocks: plain autodiff, or per-block remat.
-
-    Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
-        backprop: "store", plain autodiff, or "remat", `jax.checkpoint` around every block.
-    """
+    """A scan over the blocks: backprop "store" is plain autodiff, "remat" per-block remat."""
 
     def _loop(self, block, params, x):
         step = _checkpoint(block) if self.backprop == "remat" else block
@@ -68,7 +67,7 @@ class TwoLevelStack(_ResidualStack):
     evaluated three times: in the forward pass, again for its segment, again for itself.
 
     Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
+        make_block, depth, options: as above.
         segment: S, a divisor of depth; by default `nearest_to_sqrt(depth)`. That of a prime
             depth is 1, and then there is only one level: per-block remat.
 
@@ -76,16 +75,8 @@ class TwoLevelStack(_ResidualStack):
         ValueError: segment does not divide depth.
     """
 
-    def __init__(
-        self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
-        depth: int,
-        *,
-        rngs: nnx.Rngs,
-        segment: int | None = None,
-        has_aux: bool = False,
-    ):
-        super().__init__(make_block, depth, rngs=rngs, has_aux=has_aux)
+    def __init__(self, make_block: Any, depth: int, *, segment: int | None = None, **options: Any):
+        super().__init__(make_block, depth, **options)
         self.segment = nearest_to_sqrt(depth) if segment is None else segment
         if self.segment < 1 or depth % self.segment:
             raise ValueError(f"segment is {segment}, expected a divisor of the depth {depth}")
@@ -115,9 +106,6 @@ class OffloadStack(_ResidualStack):
     The state is named at the block's entry: what is named at its end is not what the next
     block is differentiated from. On a CPU host and device are the same memory, and XLA
     leaves the copies out: this is then per-block remat.
-
-    Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
     """
 
     def _loop(self, block, params, x):
@@ -135,11 +123,7 @@ class OffloadStack(_ResidualStack):
 
 
 class LoopStack(_ResidualStack):
-    """Per-block remat in a Python loop instead of a scan: every block is compiled by itself.
-
-    Args:
-        make_block, depth, rngs, has_aux: as in `BDIAStack`.
-    """
+    """Per-block remat in a Python loop instead of a scan: every block is compiled by itself."""
 
     def _loop(self, block, params, x):
         auxes = []

@@ -1,10 +1,10 @@
 """What a training step sends between devices, reversible against per-block jax.checkpoint.
 
 A small GPT-2 (gradient and SGD update) on meshes of eight CPU devices, compiled from shapes alone:
-bytes of collectives per device and step by the ring algorithms (`benchmarks.hlo`), in all, by kind,
-and within the scans over blocks. `remat` is the same BDIA network with jax.checkpoint around every
-block, `plain_remat` the standard transformer with it. `integers` lists collectives of integers in
-loops: states are s32, packed side bits u8, and none of them may be there.
+bytes of collectives per device and step by the ring algorithms (`benchmarks.collectives`), in all,
+by kind, and within the scans over blocks. `remat` is the same BDIA network with jax.checkpoint
+around every block, `plain_remat` the standard transformer with it. `integers` lists collectives of
+integers in loops: states are s32, packed side bits u8, and none of them may be there.
 
 With tensor > 1 reversible sends one [B, T, D] more per block than remat: undoing a block takes its
 h, so also the all-reduce behind its last projection, while jax.checkpoint's backward pass needs
@@ -16,27 +16,23 @@ what counts is reversible over remat on the same mesh, taken in turns.
 """
 
 import dataclasses
-import os
 import statistics
 import sys
-import time
 from functools import partial
 from typing import Any
 
-_FLAG = "--xla_force_host_platform_device_count"
-if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-
-from bdia_jax.models.gpt2 import GPT2  # noqa: E402
-from bdia_jax.nnx import BDIAStack  # noqa: E402
-from bdia_jax.sharding import make_mesh, param_shardings, state_sharding  # noqa: E402
-from benchmarks import record  # noqa: E402
-from benchmarks.hlo import collectives, of_integers, sent_bytes  # noqa: E402
+from bdia_jax.models.gpt2 import GPT2
+from bdia_jax.nnx import BDIAStack
+from bdia_jax.sharding import make_mesh, param_shardings, state_sharding
+from benchmarks import record
+from benchmarks.collectives import collectives, of_integers, sent_bytes
+from benchmarks.hlo import read
+from benchmarks.measure import Stepper, in_turns, ratios
 
 MESHES = (
     {"data": 8},
@@ -120,7 +116,7 @@ def compile_step(size: Size, options: dict[str, Any], mesh: Mesh) -> tuple[Any, 
 def count(size: Size, options: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Bytes a device sends in a step, and what is integer in the scans."""
     step, _ = compile_step(size, options, mesh)
-    found = collectives(step.as_text())
+    found = collectives(read(step.as_text()))
     integers = [
         {"kind": c.kind, "of": [f"{a.dtype}{list(a.shape)}" for a in c.results]}
         | {"times": c.times, "source": c.source}
@@ -134,32 +130,28 @@ def compare(size: Size, sizes: dict[str, Any]) -> dict[str, Any]:
     """All variants on one mesh, and reversible's bytes over those of the others."""
     mesh = make_mesh(**sizes)
     rows: dict[str, Any] = {name: count(size, each, mesh) for name, each in VARIANTS.items()}
-    ours = rows["reversible"]["bytes"]["total"]
-    ratios = {f"ratio_to_{n}": ours / rows[n]["bytes"]["total"] for n in ("remat", "plain_remat")}
-    return {"mesh": sizes, **rows, **ratios}
+    totals = {name: row["bytes"]["total"] for name, row in rows.items()}
+    ours = totals["reversible"]
+    over = {f"ratio_to_{name}": ours / totals[name] for name in ("remat", "plain_remat")}
+    words = {name: f"{total / 2**20:.3f} MiB" for name, total in totals.items()}
+    integers = len(rows["reversible"]["integers"])
+    ratio = f"{over['ratio_to_remat']:.4f} x remat"
+    print(f"{sizes}: {words}, {ratio}, {integers} of integers", flush=True)
+    return {"mesh": sizes, **rows, **over}
 
 
 # --- time --------------------------------------------------------------------------------
 
 
-class Stepper:
-    """A compiled step and its arguments."""
-
-    def __init__(self, size: Size, options: dict[str, Any], mesh: Mesh):
-        self.step, shapes = compile_step(size, options, mesh)
-        model = make_model(size, options, mesh)
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        tokens = jax.random.randint(jax.random.key(1), shapes[2].shape, 0, size.vocab_size)
-        values = (params, rest, tokens, jax.random.key(2))
-        self.params, *self.rest = jax.device_put(values, jax.tree.map(lambda s: s.sharding, shapes))
-
-    def seconds(self, steps: int) -> float:
-        """Mean seconds of a step over `steps` steps in a row."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.params, loss = self.step(self.params, *self.rest)
-            loss.block_until_ready()  # programs of several devices must not queue up on few cores
-        return (time.perf_counter() - start) / steps
+def make_stepper(size: Size, options: dict[str, Any], mesh: Mesh) -> Stepper:
+    """A step that ran once."""
+    step, shapes = compile_step(size, options, mesh)
+    _, params, rest = nnx.split(make_model(size, options, mesh), nnx.Param, ...)
+    tokens = jax.random.randint(jax.random.key(1), shapes[2].shape, 0, size.vocab_size)
+    values = (params, rest, tokens, jax.random.key(2))
+    stepper = Stepper(step, *jax.device_put(values, jax.tree.map(lambda s: s.sharding, shapes)))
+    stepper.seconds(1)
+    return stepper
 
 
 def weak_scaling(size: Size, devices: tuple[int, ...], rounds: int, steps: int) -> list[dict]:
@@ -168,17 +160,12 @@ def weak_scaling(size: Size, devices: tuple[int, ...], rounds: int, steps: int) 
     for number in devices:
         mesh = make_mesh(data=number)
         grown = dataclasses.replace(size, batch=size.batch * number)
-        steppers = {name: Stepper(grown, each, mesh) for name, each in VARIANTS.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steppers}
-        for index in range(rounds + 1):
-            for name, stepper in steppers.items():
-                value = stepper.seconds(steps)
-                if index:  # the first is a warm-up
-                    seconds[name].append(value)
+        steppers = {name: make_stepper(grown, each, mesh) for name, each in VARIANTS.items()}
+        seconds = in_turns(steppers, rounds, steps)
         row: dict[str, Any] = {"devices": number, "batch": grown.batch, "seconds": seconds}
         for name in ("remat", "plain_remat"):
-            pairs = zip(seconds["reversible"], seconds[name], strict=True)
-            row[f"ratio_to_{name}"] = statistics.median(ours / other for ours, other in pairs)
+            found = ratios(seconds["reversible"], seconds[name])
+            row[f"ratio_to_{name}"] = statistics.median(found)
         rows.append(row)
         medians = {name: f"{statistics.median(values):.4f} s" for name, values in seconds.items()}
         print(f"{number} devices: {medians}, {row['ratio_to_remat']:.3f} x remat", flush=True)
@@ -190,20 +177,12 @@ def main(argv: list[str]) -> dict:
     options = record.parser(__doc__)
     options.add_argument("--bytes_only", action="store_true", help="no weak scaling")
     args = record.parse(options, argv)
+    record.cpu_devices(8)
     size, meshes, devices, rounds = Size(), MESHES, (1, 2, 4, 8), 9
     if args.toy:
-        size, meshes, devices, rounds = TOY, ({"fsdp": 2, "sequence": 2},), (2,), 2
-    rows = []
-    for sizes in meshes:
-        rows.append(row := compare(size, sizes))
-        totals = {name: f"{row[name]['bytes']['total'] / 2**20:.3f} MiB" for name in VARIANTS}
-        integers = len(row["reversible"]["integers"])
-        print(
-            f"{sizes}: {totals}, {row['ratio_to_remat']:.4f} x remat, {integers} of integers",
-            flush=True,
-        )
-    results: dict[str, Any] = {"bytes": rows}
-    config: dict[str, Any] = {"size": dataclasses.asdict(size)}
+        size, meshes, devices, rounds = TOY, ({"tensor": 4},), (2,), 2
+    results: dict[str, Any] = {"bytes": [compare(size, sizes) for sizes in meshes]}
+    config: dict[str, Any] = {"size": size}
     if not args.bytes_only:
         per_device = dataclasses.replace(size, batch=size.batch // 4)
         results["weak_scaling"] = weak_scaling(per_device, devices, rounds, 1 if args.toy else 3)

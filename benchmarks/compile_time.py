@@ -4,25 +4,18 @@ A scan compiles one block, whatever the depth; `loop`, per-block `jax.checkpoint
 loop, compiles every block, and is left out where that would take minutes.
 """
 
-import dataclasses
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import jax
-import matplotlib
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
-
-from benchmarks import record
+from benchmarks import lines, record
 from benchmarks.alternatives import LoopStack
-from benchmarks.stack import GPU, LABELS, TOY, VARIANTS, Maker, Shape, color, lower_gradient
+from benchmarks.stack import LABELS, VARIANTS, Maker, Shape, lower_gradient, sized
 
 NAMES = ["plain", "remat", "remat_sqrt", "bdia_guard1"]
-LOOP_LABEL = "jax.checkpoint in a Python loop"
 
 
 def seconds(shape: Shape, depth: int, make: Maker) -> tuple[float, float]:
@@ -73,41 +66,22 @@ def total(row: dict) -> dict[int, float]:
 
 def draw(rows: dict[str, dict], shape: Shape, path: Path) -> None:
     """Total seconds against depth."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), dpi=160, layout="constrained")
-    markers = dict(zip(rows, "oDs^x", strict=False))
-    for name, row in rows.items():
-        medians = total(row)
-        label = LABELS.get(name, LOOP_LABEL)
-        line = color(name) if name in LABELS else "0.35"
-        axis.plot(*zip(*medians.items(), strict=True), markers[name] + "-", color=line, label=label)
-    axis.set(xscale="log", yscale="log", xlabel="depth K (blocks)", ylabel="seconds")
-    depths = sorted({depth for row in rows.values() for depth in total(row)})
-    axis.set_xticks(depths, list(map(str, depths)))
-    axis.minorticks_off()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.grid(color="0.9")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    axis.set_title(
-        f"Tracing and compiling one training gradient, D={shape.width}, on {record.device_name()}",
-        loc="left",
-        fontsize=9,
-    )
-    figure.savefig(path)
-    plt.close(figure)
+    labels = LABELS | {"loop": "jax.checkpoint in a Python loop"}
+    medians = {name: total(row) for name, row in rows.items()}
+    panel = lines.Panel(f"D={shape.width}", "depth K (blocks)", medians, labels)
+    title = f"Tracing and compiling one training gradient, on {record.device_name()}"
+    lines.draw(title, "seconds", [panel], path)
 
 
 def main(argv: list[str]) -> dict:
     """Measures, draws and records."""
     args = record.parse(record.parser(__doc__), argv)
-    shape = TOY if args.toy else GPU if args.gpu else Shape()
+    shape = sized(args)
     depths = [2, 4] if args.toy else [8, 64, 512]
     loop_depths = [2] if args.toy else [8, 64]
     names, repeats = (["bdia_guard1"], 1) if args.toy else (NAMES, 3)
     results = measure(shape, names, depths, loop_depths, repeats)
-    config = {"shape": dataclasses.asdict(shape), "repeats": repeats}
+    config = {"shape": shape, "repeats": repeats}
     path = record.write("compile_time", results, config, argv=argv, args=args)
     draw(results, shape, path.with_suffix(".png"))
     return results

@@ -13,7 +13,6 @@ With --gpu the batch is the smallest for which the K states of per-block `jax.ch
 more than the device's memory; parts of it are audited, for all K states must then fit.
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -22,24 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from flax import nnx
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from bdia_jax import memory_report
 from bdia_jax.nnx import BDIAStack
-from benchmarks import memory, record
-from benchmarks.digits import GPU, TOY, Size, beyond, digits_task, make_config
+from benchmarks import figure, memory, record, runs
+from benchmarks.digits import GPU, TOY, Size, beyond, digits_task, make_config, stack_to_audit
+from benchmarks.measure import audit_row, device_bytes, unless_too_large
 from benchmarks.stack import LABELS, MIB, VARIANTS, Maker, color
-from benchmarks.step_time import is_out_of_memory
 from train.config import Config
 from train.loop.program import Program, compile_steps, make_program
-from train.tasks.images import normalize
 from train.tasks.task import Task
 
 COMPARED = ["plain", "remat", "remat_sqrt"]  # planned only
@@ -57,48 +50,13 @@ def steps(train_steps: Callable, state: Any, task: Task, count: int) -> tuple[An
     return state, records | {"seconds_per_step": (time.perf_counter() - start) / count}
 
 
-def audit(program: Program, state: Any, task: Task, size: Size) -> dict[str, Any]:
+def audit(config: Config, task: Task, model: Any) -> dict[str, Any]:
     """Whether the states of one part of the batch, rebuilt in training mode, are exact."""
-    model: Any = program.models(state)[0]
-    stack = model.stack
-    images = task.train_groups[0].images[: size.batch // size.parts]
-    x = _before_the_stack(model, normalize(images))
-    stack.train()
-    stack.batch_chunks = 1  # the blocks see in it what they see in training
+    stack, x = stack_to_audit(config, task, model)
     found = stack.audit(x, rngs=nnx.Rngs(0))
     print(found, flush=True)
-    return {
-        "exact": found.exact,
-        "states": len(found.mismatches),
-        "elements": found.elements * len(found.mismatches),
-        "mismatches": int(found.mismatches.sum()),
-        "x0_mismatches": found.x0_mismatches,
-        "invalid": found.invalid,
-        "corrections": int(found.corrections.sum()),
-        "max_drift": found.max_drift,
-        "suggested_guard_bits": found.suggested_guard_bits,
-        "largest_output": float(jnp.abs(_output(stack, x)).max()),
-    }
-
-
-def _before_the_stack(model: Any, images: jax.Array) -> jax.Array:
-    """x_0 of these images."""
-    seen = []
-
-    class Keep(nnx.Module):
-        def __call__(self, x, rngs=None):
-            seen.append(x)
-            return x
-
-    stack, model.stack = model.stack, Keep()
-    model(images)
-    model.stack = stack
-    return seen[0]
-
-
-@nnx.jit
-def _output(stack, x):
-    return stack(x, rngs=nnx.Rngs(0))
+    output = nnx.jit(lambda stack, x: stack(x, rngs=nnx.Rngs(0)))(stack, x)
+    return audit_row(found) | {"largest_output": float(jnp.abs(output).max())}
 
 
 def plan(config: Config, make_stack: Maker, limit: int | None) -> dict[str, Any]:
@@ -106,20 +64,16 @@ def plan(config: Config, make_stack: Maker, limit: int | None) -> dict[str, Any]
 
     rest_bytes: beside parameters, optimizer state and gradients.
     """
-    try:
-        task = digits_task(config, make_stack)
-        program = make_program(config, task)
-        return _planned(program, compile_steps(program), limit)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return {"fits": False, "error": str(error).splitlines()[0]}
+    program = make_program(config, digits_task(config, make_stack))
+    train_steps = unless_too_large(lambda: compile_steps(program))
+    if train_steps is None:
+        return {"fits": False, "error": "out of memory"}
+    return _planned(program, train_steps, limit)
 
 
 def _planned(program: Program, train_steps: Any, limit: int | None) -> dict[str, Any]:
     report = memory_report(train_steps)
-    parameters = jax.tree.leaves(jax.eval_shape(program.init)["params"])
-    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
+    gradients = runs.size_in_bytes(runs.trained(program))
     return {
         "temp_bytes": report.temporaries,
         "state_bytes": report.arguments,
@@ -150,12 +104,13 @@ def run(
     plans |= {name: plan(config, VARIANTS[name], limit) for name in names}
     for name, row in plans.items():
         print(f"{name:11s} {_words(row)}", flush=True)
-    stack = memory.against_depth(["remat", "bdia_guard1"], size.shape, depths)
+    remat = ["remat"] if "remat" in names else []
+    stack = memory.against_depth([*remat, "bdia_guard1"], size.shape, depths)
     results: dict[str, Any] = {"planned": plans, "stack": stack, "audits": {}}
     state = program.init()
-    results["audits"]["start"] = audit(program, state, task, size)
+    results["audits"]["start"] = audit(config, task, program.models(state)[0])
     state, results["scaled"] = steps(train_steps, state, task, size.steps)
-    results["audits"]["end"] = audit(program, state, task, size)
+    results["audits"]["end"] = audit(config, task, program.models(state)[0])
     scores = program.evaluate(state, task.eval_groups)
     results["held_out"] = {name: float(scores[name]) for name in SCORES}
     print(f"{size.steps} steps, held out: {results['held_out']}", flush=True)
@@ -167,52 +122,32 @@ def run(
 
 def draw(results: dict[str, Any], size: Size, path: Path) -> None:
     """Loss by step, and the memory of a step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), dpi=160, layout="constrained")
     labels = {"scaled": "branches start 1 / sqrt(2 K) as large", "unscaled": "as usual"}
-    for name, line in (("unscaled", "0.55"), ("scaled", color("bdia"))):
-        if name not in results:
-            continue
-        losses = _smooth(results[name]["loss"])
-        left.plot(range(1, len(losses) + 1), losses, color=line, label=labels[name])
-    left.axhline(math.log(10), color="0.8", linewidth=1, zorder=0)
-    left.set(xlabel="step", ylim=(0, None))
-    left.set_title("training loss, mean of 5 steps (line: chance)", loc="left", fontsize=9)
-    left.legend(frameon=False, fontsize=8)
+    colors = {"unscaled": "0.55", "scaled": color("bdia")}
     rows = results["planned"]
-    for y, (name, row) in enumerate(rows.items()):
-        rest = max(row.get("rest_bytes", 0) / MIB, 0.1)
-        right.plot(rest, y, "o", color=color(name))
-        place: Any = {
-            "xytext": (8, 0),
-            "textcoords": "offset points",
-            "va": "center",
-            "fontsize": 8,
-        }
-        right.annotate(_words(row), (rest, y), **place)
-    right.set_yticks(range(len(rows)), [LABELS.get(name, "BDIA") for name in rows], fontsize=8)
-    right.set(xscale="log", ylim=(-0.6, len(rows) - 0.4))
-    right.set_xlim(right=12 * right.get_xlim()[1])  # room for the words
-    right.invert_yaxis()
-    right.minorticks_off()
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    right.grid(axis="x", color="0.92")
-    right.set_title(
-        "MiB of a training step, parameters, Adam\nand gradients aside (with them)",
-        loc="left",
-        fontsize=9,
-    )
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    figure.suptitle(
+    title = (
         f"ViT of {size.depth:,} blocks on digits, {size.dtype}, B={size.batch} "
-        f"T={size.shape.tokens} D={size.width}, on {record.device_name()}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
+        f"T={size.shape.tokens} D={size.width}, on {record.device_name()}"
     )
-    figure.savefig(path)
-    plt.close(figure)
+    with figure.panels(path, title, (9.6, 3.2)) as (left, right):
+        for name in (name for name in colors if name in results):
+            losses = _smooth(results[name]["loss"])
+            left.plot(range(1, len(losses) + 1), losses, color=colors[name], label=labels[name])
+        left.axhline(math.log(10), color="0.8", linewidth=1, zorder=0)
+        left.set(xlabel="step", ylim=(0, None))
+        figure.caption(left, "training loss, mean of 5 steps (line: chance)")
+        left.legend(frameon=False, fontsize=8)
+        for y, (name, row) in enumerate(rows.items()):
+            rest = max(row.get("rest_bytes", 0) / MIB, 0.1)
+            right.plot(rest, y, "o", color=color(name))
+            right.annotate(_words(row), (rest, y), **figure.BESIDE)
+        right.set_yticks(range(len(rows)), [LABELS.get(name, "BDIA") for name in rows])
+        right.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
+        right.set_xlim(right=12 * right.get_xlim()[1])  # room for the words
+        right.minorticks_off()
+        right.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        what = "MiB of a training step, parameters, Adam\nand gradients aside (with them)"
+        figure.caption(right, what, grid="x")
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -230,16 +165,16 @@ def _smooth(losses: list[float]) -> list[float]:
 def main(argv: list[str]) -> dict:
     """Trains, draws and records."""
     args = record.parse(record.parser(__doc__), argv)
-    limit = memory.device_bytes()
-    size, names = (TOY, ["remat"]) if args.toy else (Size(), COMPARED)
+    limit = device_bytes()
+    size, names = (TOY, []) if args.toy else (Size(), COMPARED)
     depths = [size.depth // 2, size.depth]
     if args.gpu:
         size, names = beyond(limit or 2**34, GPU), ["remat", "remat_sqrt"]
         depths = [size.depth // 16, size.depth // 8]  # per-block checkpointing fits
     results = run(size, names, depths, limit, unscaled=not (args.toy or args.gpu))
     config = {
-        "size": dataclasses.asdict(size),
-        "shape": dataclasses.asdict(size.shape),
+        "size": size,
+        "shape": size.shape,
         "depths": depths,
         "bytes_limit": limit,
         "learning_rate": make_config(size).learning_rate,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,6 +13,7 @@ from bdia_jax.models.vit import ViT
 from benchmarks.stack import Maker, Shape
 from configs import vit_digits
 from train.config import Config
+from train.loop.guard_bits import stack_inputs
 from train.tasks import open_config
 from train.tasks.images import Images, make_task
 from train.tasks.task import Task
@@ -40,7 +42,7 @@ class Size:
         )
 
 
-TOY = Size(depth=16, width=8, patch_size=4, batch=8, steps=3)
+TOY = Size(depth=64, patch_size=4, steps=25)
 GPU = Size(width=512, num_heads=8, patch_size=1, parts=8, steps=40, dtype="bfloat16")
 
 
@@ -49,6 +51,14 @@ def beyond(limit: int, size: Size) -> Size:
     per_sample = 4 * size.depth * size.shape.tokens * size.width
     batch = size.parts * (limit // (per_sample * size.parts) + 1)
     return dataclasses.replace(size, batch=batch)
+
+
+def stack_to_audit(config: Config, task: Task, model: Any) -> tuple[Any, jax.Array]:
+    """(the model's stack in training mode, its x of one part of the first step's batch)."""
+    x, _ = stack_inputs(config, task, model)["stack",]
+    model.stack.train()
+    model.stack.batch_chunks = 1  # the blocks see in one part what they see in training
+    return model.stack, x[: len(x) // config.batch_chunks]
 
 
 def make_config(size: Size) -> Config:
@@ -81,8 +91,8 @@ def digits_task(config: Config, make_stack: Maker, *, scaled: bool = True) -> Ta
     def make_model(rngs: nnx.Rngs) -> ViT:
         model = ViT((8, 8, 1), 10, **arguments, rngs=rngs)
         blocks: Any = model.stack.blocks
-        for kernel in (blocks.attention.out.kernel, blocks.mlp.out.kernel):
-            kernel[...] *= (2 * config.model_arguments["depth"]) ** -0.5 if scaled else 1.0
+        for last in (blocks.attention.out, blocks.mlp.out) if scaled else ():
+            last.kernel[...] *= (2 * config.model_arguments["depth"]) ** -0.5
         return model
 
     return make_task(config, train, rest, num_classes=10)._replace(make_model=make_model)

@@ -5,12 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks import figure
 from benchmarks.stack import LABELS, color
 
 
@@ -38,15 +35,10 @@ def draw(title: str, panels: list[Panel], path: Path) -> None:
     """The panels side by side, the variants in the order of the first one."""
     names = list(panels[0].values)[::-1]
     size = (3.0 + 2.9 * len(panels), 1.1 + 0.27 * len(names))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, dpi=160, sharey=True, layout="constrained", squeeze=False
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        _draw_panel(axis, panel, names)
-    axes[0][0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(path)
-    plt.close(figure)
+    with figure.panels(path, title, size, len(panels), sharey=True) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            _draw_panel(axis, panel, names)
+        axes[0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
 
 
 def _draw_panel(axis, panel: Panel, names: list[str]) -> None:
@@ -54,21 +46,16 @@ def _draw_panel(axis, panel: Panel, names: list[str]) -> None:
     for y, name in enumerate(names):
         value = panel.values[name]
         if not value:
-            none = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
-            axis.text(0.03, y, "does not fit", color="0.5", **none)
+            style = {"va": "center", "fontsize": 8, "color": "0.5"}
+            axis.text(0.03, y, "does not fit", transform=axis.get_yaxis_transform(), **style)
             continue
         span = panel.spans.get(name, (value, value))
         axis.plot(span, (y, y), color=color(name), linewidth=2, alpha=0.45)
         axis.plot(value, y, "o", color=color(name), markersize=6)
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axis.annotate(panel.text(value), (max(value, span[1]), y), **place)
+        axis.annotate(panel.text(value), (max(value, span[1]), y), **figure.BESIDE)
         right = max(right, value, span[1])
     axis.set_xlim(0, 1.3 * right or 1)  # room for the number
     axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.set_title(panel.title, fontsize=9, loc="left")
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.grid(color="0.9")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
+    figure.caption(axis, panel.title)

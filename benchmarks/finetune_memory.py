@@ -6,20 +6,16 @@ optimizer state, and what a step needs besides: gradients, logits, activations.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
-import jax
-
-from bdia_jax import memory_report
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.stack import MIB
 from configs import common, gpt2_e2e
-from train.loop.program import compile_steps, make_program
 from train.tasks import load_task, open_config
 from train.tasks.causal_lm import make_causal_lm
 
-# row: (run of the config, changes of it)
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+ROWS: runs.Rows = {
     "plain": ("plain", {}),
     "remat": ("plain", common.PLAIN | {"backprop": "remat"}),
     "bdia": ("bdia", {}),
@@ -40,16 +36,16 @@ def measure(run: str, changes: dict[str, Any], vocab_size: int = _VOCAB_SIZE) ->
     config = open_config(values)
     task = load_task(config)  # its byte ids are stand-ins for GPT-2's
     task = task._replace(make_model=make_causal_lm(config, vocab_size, config.input.length))
-    program = make_program(config, task)
-    memory = memory_report(compile_steps(program))
-    data = sum(array.nbytes for array in jax.tree.leaves(task.train_groups))
-    trained = jax.tree.leaves(jax.eval_shape(program.init)["params"])
-    return {
-        "trained_parameters": sum(leaf.size for leaf in trained),
-        "state_bytes": memory.arguments - data,
-        "temp_bytes": memory.temporaries,
-        "total_bytes": memory.arguments - data + memory.temporaries,
-    }
+    sizes, trained = runs.step_bytes(config, task)
+    return {"trained_parameters": sum(leaf.size for leaf in trained)} | sizes
+
+
+def _line(name: str, row: dict) -> str:
+    total, state, temporaries = (row[f"{part}_bytes"] / MIB for part in ("total", "state", "temp"))
+    return (
+        f"{name:18s} {row['trained_parameters']:>12,} trained  total {total:8.1f} MiB = state "
+        f"{state:.1f} + {temporaries:.1f}; {row['ratio_to_plain']:.3f} of plain"
+    )
 
 
 def main(argv: list[str]) -> dict:
@@ -58,19 +54,10 @@ def main(argv: list[str]) -> dict:
     sizes: dict[str, Any] = {"input": {"length": 256, "tokenizer": "bytes"}}
     names, vocab_size = list(ROWS), _VOCAB_SIZE
     if args.toy:
-        sizes["model"] = {"width": 32, "depth": 4, "num_heads": 2, "mlp_dim": 64}
-        names, vocab_size = ["plain", "bdia_chunked", "lora_bdia_chunked"], 300
-    results: dict[str, dict] = {}
-    for name in names:
-        run, changes = ROWS[name]
-        row = results[name] = measure(run, changes | sizes, vocab_size)
-        row["ratio_to_plain"] = row["total_bytes"] / results["plain"]["total_bytes"]
-        print(
-            f"{name:18s} {row['trained_parameters']:>12,} trained  total "
-            f"{row['total_bytes'] / MIB:8.1f} MiB = state {row['state_bytes'] / MIB:.1f} + "
-            f"{row['temp_bytes'] / MIB:.1f}; {row['ratio_to_plain']:.3f} of plain",
-            flush=True,
-        )
+        sizes["model"] = {"width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 64}
+        names, vocab_size = ["plain", "lora_bdia_chunked"], 300
+    rows = {name: (run, changes | sizes) for name, (run, changes) in ROWS.items() if name in names}
+    results = runs.table(rows, partial(measure, vocab_size=vocab_size), _line)
     config = {"config": "configs/gpt2_e2e.py", **sizes}
     config["changes"] = {name: ROWS[name][1] for name in names}
     record.write("finetune_memory", results, config, argv=argv, args=args)

@@ -22,7 +22,7 @@ from flax import nnx
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 from benchmarks import record
-from benchmarks.memory import temp_bytes
+from benchmarks.measure import temp_bytes
 from benchmarks.stack import MIB, TOY, VARIANTS, Maker, Shape, lower_gradient
 
 MEDIUM = Shape(batch=8, tokens=1024, width=1024, num_heads=16, mlp_dim=4096)
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> dict:
         makers |= MORE
     results = measure(shape, depth, vocab_size, makers)
     config = {
-        "shape": dataclasses.asdict(shape),
+        "shape": shape,
         "depth": depth,
         "vocab_size": vocab_size,
         "parameter_bytes": parameter_bytes(shape, depth, vocab_size),

@@ -1,13 +1,7 @@
-"""What a compiled program sends between devices: the collectives in the text of its HLO.
+"""Reads the text of a compiled program, and says what passes over memory it makes.
 
-`collectives(compiled.as_text())` lists them with how often they run; `sent_bytes` adds up what one
-device sends with the ring algorithms, of n devices in a group
-
-    all-gather      result (n - 1) / n        all-reduce  2 operand (n - 1) / n
-    reduce-scatter  operand (n - 1) / n       all-to-all    operand (n - 1) / n
-    collective-permute, collective-broadcast  operand
-
-The program has to be the optimized one, of `jax.jit(f).lower(...).compile()`: that of one device.
+`read(compiled.as_text())` parses the HLO of one device, as `jax.jit(f).lower(...).compile()` has
+optimized it. A kernel is one pass over memory: an instruction, or a fusion with all it fuses.
 """
 
 import math
@@ -15,17 +9,18 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-KINDS += ("collective-broadcast", "ragged-all-to-all")
-INTEGERS = ("s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
+MOVES = {"copy", "copy-start", "transpose", "slice", "concatenate", "pad", "reverse"}
 
+_CONTROL = {"while", "call", "conditional"}  # the kernels stand in what these call
+# no memory of their own
+_NAMES = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 _HEADER = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,<= ]*)\]")
 _CALLED = re.compile(
-    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)"
+    r"\b(calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([^\s,}]+))"
 )
-_CALLED_LISTS = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
+_FIRST_OPERAND = re.compile(r"(?:[^%(),]+ )?%?([\w.\-]*)")  # its type may stand before it
 
 
 class Array(NamedTuple):
@@ -42,112 +37,131 @@ class Array(NamedTuple):
         return -(-math.prod(self.shape) * bits // 8)
 
 
-class Collective(NamedTuple):
-    """One collective.
+class Instruction(NamedTuple):
+    """A line of a program. rest: operands and attributes."""
 
-    kind: of KINDS; started asynchronously or not.
-    results: what a device has of it afterwards.
-    group_size: how many devices take part together.
-    times: how often it runs; of a conditional's branches, each as if it were taken.
-    in_loop: whether a loop runs it.
-    source: the operation of the JAX program it was made for.
-    """
-
-    kind: str
-    results: tuple[Array, ...]
-    group_size: int
-    times: int
-    in_loop: bool
-    source: str
-
-    @property
-    def bytes(self) -> int:
-        """Of the results, once."""
-        return sum(result.bytes for result in self.results)
-
-    @property
-    def sent(self) -> float:
-        """Bytes one device sends, all times together."""
-        n = self.group_size
-        if n == 1:
-            return 0.0
-        share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0}
-        share |= dict.fromkeys(("all-gather", "all-to-all", "ragged-all-to-all"), (n - 1) / n)
-        return self.times * self.bytes * share.get(self.kind, 1.0)
-
-
-def collectives(text: str) -> list[Collective]:
-    """All that the program runs.
-
-    Args:
-        text: of an optimized HLO module.
-
-    Raises:
-        ValueError: no HLO module; a loop around a collective of which neither the compiler nor
-            its condition says how often it runs.
-    """
-    computations, entry = _computations(text)
-    if entry is None:
-        raise ValueError(f"no entry computation in {text[:60]!r}; pass compiled.as_text()")
-    devices = re.search(r"num_partitions=(\d+)", text)
-    replicas = re.search(r"replica_count=(\d+)", text)
-    world = math.prod(int(found.group(1)) for found in (devices, replicas) if found)
-    return list(_walk(computations, entry, 1, False, world))
-
-
-def sent_bytes(found: list[Collective]) -> dict[str, float]:
-    """Bytes one device sends, by kind (those that occur) and in all ("total")."""
-    sent = {kind: sum(c.sent for c in found if c.kind == kind) for kind in KINDS}
-    return {kind: size for kind, size in sent.items() if size} | {"total": sum(sent.values())}
-
-
-def of_integers(found: list[Collective], in_loop: bool = True) -> list[Collective]:
-    """Those that carry integers: fixed-point states are s32, packed side bits u8.
-
-    Args:
-        found: from `collectives`.
-        in_loop: only those a loop runs, as the scans over blocks are.
-    """
-    return [
-        c
-        for c in found
-        if any(result.dtype in INTEGERS for result in c.results)
-        and c.group_size > 1
-        and (c.in_loop or not in_loop)
-    ]
-
-
-# --- the text ----------------------------------------------------------------------------
-
-
-class _Instruction(NamedTuple):
     name: str
     type: str
     opcode: str
-    rest: str  # operands and attributes
+    rest: str
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Of the type: one, or those of a tuple."""
+        plain = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", self.type)
+        return tuple(
+            Array(dtype, tuple(int(size.strip("<= ")) for size in shape.split(",") if size.strip()))
+            for dtype, shape in _ARRAY.findall(plain)
+        )
+
+    @property
+    def called(self) -> list[tuple[str, str]]:
+        """(attribute, computation) of every one it calls."""
+        return [
+            (attribute, name.strip().lstrip("%"))
+            for attribute, several, one in _CALLED.findall(self.rest)
+            for name in (several or one).split(",")
+        ]
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
-    """(instructions of each computation, the name of the entry)."""
-    computations: dict[str, list[_Instruction]] = {}
+class Kernel(NamedTuple):
+    """One pass over memory.
+
+    dtype, shape: of what it writes.
+    ops: its operation, or all that a fusion does; names and constants are none.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    ops: frozenset[str]
+
+    @property
+    def moves(self) -> bool:
+        """Whether it does no arithmetic. A block's slice of the parameters is read, not moved."""
+        return bool(self.ops & MOVES) and self.ops <= MOVES | {"dynamic-slice"}
+
+
+class Program(NamedTuple):
+    """A parsed program.
+
+    computations: instructions by name.
+    entry: the name of the computation that it begins with.
+    devices: how many run it together.
+    """
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    devices: int
+
+    def kernels(self) -> list[Kernel]:
+        """All of them; one that writes a tuple stands for each of its arrays."""
+        return self._kernels(self.entry)
+
+    def loops(self) -> list[list[Kernel]]:
+        """Those of every loop in which there is no other loop."""
+        loops = [one for one in self._instructions(self.entry) if one.opcode == "while"]
+        bodies = dict.fromkeys(dict(loop.called)["body"] for loop in loops)
+        return [
+            self._kernels(body)
+            for body in bodies
+            if not any(one.opcode == "while" for one in self._instructions(body))
+        ]
+
+    def _instructions(self, name: str) -> Iterator[Instruction]:
+        """Of a computation, and of those it hands over to; not what fusions and reductions call."""
+        for one in self.computations[name]:
+            yield one
+            for _, inner in one.called if one.opcode in _CONTROL else ():
+                yield from self._instructions(inner)
+
+    def _kernels(self, name: str) -> list[Kernel]:
+        found: list[Kernel] = []
+        broadcasts: set[str] = set()
+        for one in self._instructions(name):
+            ops = {one.opcode}
+            if one.opcode == "fusion":
+                (_, fused), *_ = one.called
+                ops = {inner.opcode for inner in self.computations[fused]}
+            ops -= _NAMES | _CONTROL
+            # several arrays of one shape that begin as zeros: one broadcast and its copies
+            operand = _FIRST_OPERAND.match(one.rest)
+            if ops == {"copy"} and operand and operand[1] in broadcasts:
+                ops = {"broadcast"}
+            if ops == {"broadcast"}:
+                broadcasts.add(one.name)
+            if ops:
+                found += [Kernel(*array, frozenset(ops)) for array in one.arrays]
+        return found
+
+
+def read(text: str) -> Program:
+    """The program of this text.
+
+    Raises:
+        ValueError: it is no HLO module.
+    """
+    computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
     for line in text.splitlines():
         if current is None:
             if header := _HEADER.match(line):
-                current = computations.setdefault(header.group(1), [])
-                entry = header.group(1) if line.startswith("ENTRY") else entry
+                current = computations.setdefault(header[1], [])
+                entry = header[1] if line.startswith("ENTRY") else entry
         elif line.startswith("}"):
             current = None
         elif found := _INSTRUCTION.match(line):
             current.append(_instruction(*found.groups()))
-    return computations, entry
+    if entry is None:
+        raise ValueError(f"no entry computation in {text[:60]!r}; pass compiled.as_text()")
+    counts = (re.search(rf"{name}=(\d+)", text) for name in ("num_partitions", "replica_count"))
+    return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
 
 
-def _instruction(name: str, text: str) -> _Instruction:
+def _instruction(name: str, text: str) -> Instruction:
     """A type, an opcode, operands; a tuple's type has parentheses of its own."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     opcode, _, rest = text[end:].strip().partition("(")
-    return _Instruction(name, text[:end], opcode, rest)
+    return Instruction(name, text[:end], opcode, rest)
 
 
 def _closing(text: str) -> int:
@@ -157,77 +171,3 @@ def _closing(text: str) -> int:
         if depth == 0:
             return position + 1
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
-
-
-def _walk(computations, name: str, times: int, in_loop: bool, world: int) -> Iterator[Collective]:
-    for one in computations[name]:
-        kind = one.opcode.removesuffix("-start")
-        if kind in KINDS:
-            source = re.search(r'op_name="([^"]*)"', one.rest)
-            yield Collective(
-                kind,
-                _results(one),
-                _group_size(one.rest, world) if "permute" not in kind else world,
-                times,
-                in_loop,
-                source.group(1) if source else "",
-            )
-        elif one.opcode in ("async-done", "async-update"):
-            continue  # counted where it starts
-        elif one.opcode == "while":
-            called = dict(_CALLED.findall(one.rest))
-            inner = [*_walk(computations, called["body"], 1, True, world)]
-            checks = [*_walk(computations, called["condition"], 1, True, world)]
-            if inner or checks:
-                trips = _trips(computations, one, called["condition"])
-                yield from (c._replace(times=times * trips * c.times) for c in inner)
-                yield from (c._replace(times=times * (trips + 1) * c.times) for c in checks)
-        else:
-            called = [called for _, called in _CALLED.findall(one.rest)]
-            for _, names in _CALLED_LISTS.findall(one.rest):
-                called += [called.strip().lstrip("%") for called in names.split(",")]
-            for inner in called:
-                yield from _walk(computations, inner, times, in_loop, world)
-
-
-def _results(one: _Instruction) -> tuple[Array, ...]:
-    """Of a start that returns (operands, results, ...), the results."""
-    arrays = tuple(
-        Array(dtype, tuple(int(size.strip("<= ")) for size in shape.split(",") if size.strip()))
-        for dtype, shape in _ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", one.type))
-    )
-    if one.opcode in ("all-gather-start", "all-to-all-start", "reduce-scatter-start"):
-        return arrays[len(arrays) // 2 :]
-    if one.opcode in ("collective-permute-start", "collective-broadcast-start"):
-        return arrays[1:2] if not one.type.startswith("((") else arrays[len(arrays) // 2 :]
-    return arrays
-
-
-def _group_size(rest: str, world: int) -> int:
-    """From {{0,1},{2,3}}, from [2,4]<=[8], or from mesh['a'=2,'b'=4] {'b'}."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return listed.group(1).count(",") + 1
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(iota.group(2))
-    if mesh := re.search(r"replica_groups=(?:@?\w+)?\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh.group(1)))
-        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh.group(2))  # 'a', or 'a':(1)2 of it
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return world  # replica_groups={}
-
-
-def _trips(computations, loop: _Instruction, condition: str) -> int:
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
-        return int(known.group(1))
-    # as a scan has it: an index from 0 in steps of 1, compared with a constant
-    reached = [*computations[condition]]
-    for one in reached:
-        reached += [i for _, called in _CALLED.findall(one.rest) for i in computations[called]]
-    compares = [one for one in reached if one.opcode == "compare"]
-    bounds = [one for one in reached if one.opcode == "constant" and one.type.startswith("s")]
-    if len(compares) == len(bounds) == 1 and "direction=LT" in compares[0].rest:
-        return int(bounds[0].rest.partition(")")[0])
-    raise ValueError(
-        f"loop {loop.name} has collectives, but neither a known trip count nor a condition i < n; "
-        "use lax.scan or fori_loop with constant bounds"
-    )

@@ -12,14 +12,16 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from bdia_jax import memory_report
 from benchmarks import dots, record
+from benchmarks.measure import device_bytes, unless_too_large
 from benchmarks.stack import MIB, TOY, Maker, Shape, add_variants, lower_step, variants
-from benchmarks.step_time import Stepper, is_out_of_memory
+from benchmarks.step_time import make_stepper
 
 # narrow and deep, so that a step at the limit takes seconds on a CPU; GPT-2 medium's blocks
 CPU = Shape(batch=4, tokens=64, width=128, num_heads=4, mlp_dim=512)
@@ -46,76 +48,64 @@ def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
     return low
 
 
-class Search:
-    """The largest size of one variant along one axis, and the step compiled for it.
+def search(shape: Shape, depth: int, make: Maker, axis: str, budget: float, unit: int) -> dict:
+    """The largest size of one variant along one axis: its plan in bytes, and tokens/s there.
 
     Args:
-        shape, depth, make: of the stack; the axis of shape is what varies.
+        shape, depth, make: of the stack; shape's `axis` is where the search begins.
         axis: "batch" or "tokens".
         budget: bytes.
+        unit: multiples of it are tried.
     """
+    began, tried = time.perf_counter(), []
+    best: tuple[Shape, jax.stages.Compiled] | None = None  # the last that fitted
 
-    def __init__(self, shape: Shape, depth: int, make: Maker, axis: str, budget: float):
-        self.shape, self.depth, self.make, self.axis = shape, depth, make, axis
-        self.budget = budget
-        self.compiles = 0
-        self.best: tuple[Shape, jax.stages.Compiled] | None = None
-
-    def fits(self, size: int) -> bool:
-        """Whether the step of this size does; the last that did is kept."""
-        shape = dataclasses.replace(self.shape, **{self.axis: size})
-        self.compiles += 1
-        try:
-            compiled = lower_step(shape, self.depth, self.make).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    def fits(size: int) -> bool:
+        nonlocal best
+        tried.append(size)
+        larger = dataclasses.replace(shape, **{axis: size})
+        compiled = unless_too_large(lower_step(larger, depth, make).compile)
+        if compiled is None or memory_report(compiled).total > budget:
             return False
-        if memory_report(compiled).total > self.budget:
-            return False
-        self.best = (shape, compiled)
+        best = larger, compiled
         return True
 
-    def run(self, seconds: float) -> float | None:
-        """Tokens/s at the limit, over about so many seconds; None if it does not run after all."""
-        if self.best is None:
-            return None
-        shape, compiled = self.best
-        try:
-            stepper = Stepper(shape, self.depth, self.make, compiled)
-            first = stepper.seconds(1)
-            steps = max(1, round(seconds / first))
-            return shape.batch * shape.tokens / stepper.seconds(steps)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+    row: dict = {"size": largest(fits, getattr(shape, axis), unit)}
+    row |= {"planned_bytes": None, "tokens_per_second": None}
+    if best:
+        row["planned_bytes"] = memory_report(best[1]).total
+        row["tokens_per_second"] = unless_too_large(partial(tokens_per_second, *best, depth, make))
+    speed = row["tokens_per_second"]
+    words = f"{speed:,.0f} tokens/s" if speed else "did not run"
+    print(
+        f"{row['size']:7d}  {(row['planned_bytes'] or 0) / MIB:9.1f} MiB  {words}  "
+        f"({len(tried)} compiled, {time.perf_counter() - began:.0f} s)",
+        flush=True,
+    )
+    return row
+
+
+def tokens_per_second(
+    shape: Shape, compiled: jax.stages.Compiled, depth: int, make: Maker, seconds: float = 2.0
+) -> float:
+    """Of a compiled step, over about so many seconds."""
+    stepper = make_stepper(shape, depth, make, compiled)
+    steps = max(1, round(seconds / stepper.seconds(1)))
+    return shape.batch * shape.tokens / stepper.seconds(steps)
 
 
 def measure(
     shape: Shape, depth: int, makers: dict[str, Maker], budget: float, units: dict[str, int]
 ) -> dict[str, dict[str, dict]]:
-    """Per axis and variant: the largest size, its plan in bytes, and tokens/s there."""
-    results: dict[str, dict[str, dict]] = {}
-    for axis, unit in units.items():
-        rows = results[axis] = {}
-        start = getattr(shape, axis)
+    """A `search` per axis and variant, each beginning where the one before ended."""
+    results: dict[str, dict[str, dict]] = {axis: {} for axis in units}
+    for axis, rows in results.items():
+        begin = shape
         for name, make in makers.items():
-            began = time.perf_counter()
-            search = Search(shape, depth, make, axis, budget)
-            size = largest(search.fits, start, unit)
-            row = {"size": size, "planned_bytes": None, "tokens_per_second": search.run(2.0)}
-            if search.best:
-                row["planned_bytes"] = memory_report(search.best[1]).total
-                start = size  # the next variant's search begins near its end
-            rows[name] = row
-            speed = row["tokens_per_second"]
-            print(
-                f"{axis:6s} {name:12s} {size:7d}  {(row['planned_bytes'] or 0) / MIB:9.1f} MiB  "
-                + (f"{speed:,.0f} tokens/s" if speed else "did not run")
-                + f"  ({search.compiles} compiled, {time.perf_counter() - began:.0f} s)",
-                flush=True,
-            )
+            print(f"{axis:6s} {name:12s}", end=" ")
+            rows[name] = search(begin, depth, make, axis, budget, units[axis])
+            if rows[name]["size"]:
+                begin = dataclasses.replace(shape, **{axis: rows[name]["size"]})
     return results
 
 
@@ -139,16 +129,15 @@ def main(argv: list[str]) -> dict:
     """Searches, runs, draws and records."""
     options = record.parser(__doc__)
     options.add_argument("--budget-gib", type=float, help="0.25 on a CPU; a GPU's own, less 5 %%")
-    add_variants(options)
-    args = record.parse(options, argv)
+    args = record.parse(add_variants(options), argv)
     shape, depth = (TOY, 2) if args.toy else (GPU, 24) if args.gpu else (CPU, 32)
     units = {axis: min(unit, getattr(shape, axis)) for axis, unit in UNITS.items()}
     budget = 2.0**30 * args.budget_gib if args.budget_gib else _default_budget(args.toy)
-    names = ["bdia_guard1"] if args.toy else [n for n in NAMES if n in variants()]
+    names = ["remat"] if args.toy else [n for n in NAMES if n in variants()]
     makers = variants(args.variants or names)
     results = measure(shape, depth, makers, budget, units)
     config = {
-        "shape": dataclasses.asdict(shape),
+        "shape": shape,
         "depth": depth,
         "budget_bytes": int(budget),
         "units": units,
@@ -161,8 +150,7 @@ def main(argv: list[str]) -> dict:
 def _default_budget(toy: bool) -> float:
     if toy:
         return 4.5 * MIB  # the size it starts from fits, twice it does not
-    statistics = jax.devices()[0].memory_stats() or {}
-    return 0.95 * statistics["bytes_limit"] if "bytes_limit" in statistics else 2.0**30 / 4
+    return 0.95 * (device_bytes() or 0) or 2.0**30 / 4
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 import re
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks import figure
 from benchmarks.stack import color
 
 _STYLES = {"remat_sqrt": "D--", "bdia_chunked": "s--", "bdia_lean": "s--"}  # second of their colour
@@ -34,18 +31,12 @@ class Panel(NamedTuple):
 
 def draw(title: str, ylabel: str, panels: list[Panel], path: Path) -> None:
     """The panels side by side."""
-    size = (5.6 * len(panels), 4.3)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, dpi=160, layout="constrained", squeeze=False
-    )
-    texts = [_draw_panel(axis, panel) for axis, panel in zip(axes[0], panels, strict=True)]
-    axes[0][0].set_ylabel(ylabel)
-    figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
-    figure.canvas.draw()  # the layout, which the labels' distances depend on
-    for axis, annotations in zip(axes[0], texts, strict=True):
-        _spread(axis, annotations)
-    figure.savefig(path)
-    plt.close(figure)
+    with figure.panels(path, title, (5.6 * len(panels), 4.3), len(panels)) as axes:
+        texts = [_draw_panel(axis, panel) for axis, panel in zip(axes, panels, strict=True)]
+        axes[0].set_ylabel(ylabel)
+        axes[0].figure.canvas.draw()  # the layout, which the labels' distances depend on
+        for axis, annotations in zip(axes, texts, strict=True):
+            _spread(axis, annotations)
 
 
 def _draw_panel(axis, panel: Panel) -> list:
@@ -63,11 +54,7 @@ def _draw_panel(axis, panel: Panel) -> list:
     axis.yaxis.set_major_locator(LogLocator(numticks=10))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.set_title(panel.title, loc="left", fontsize=9)
-    axis.grid(color="0.92")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
+    figure.caption(axis, panel.title)
     return texts
 
 
@@ -76,9 +63,9 @@ def _label(axis, text: str, end: tuple[int, float], color: str):
     text = re.sub("(?<!,) ", "\N{NO-BREAK SPACE}", text)  # broken after commas only
     parts = [textwrap.fill(part, 27, break_on_hyphens=False) for part in text.split("\n")]
     leader = {"arrowstyle": "-", "color": color, "alpha": 0.4, "shrinkA": 0, "relpos": (0, 0.5)}
-    place = {"xytext": (16, 0), "textcoords": "offset points", "va": "center"}
-    style = {"color": color, "fontsize": _FONT_SIZE, "annotation_clip": False}
-    return axis.annotate("\n".join(parts), end, arrowprops=leader, **place, **style)
+    style: dict[str, Any] = figure.BESIDE | {"xytext": (16, 0), "fontsize": _FONT_SIZE}
+    style |= {"color": color, "annotation_clip": False, "arrowprops": leader}
+    return axis.annotate("\n".join(parts), end, **style)
 
 
 def _spread(axis, texts: list) -> None:
@@ -97,19 +84,15 @@ def apart(wanted: list[float], heights: list[float]) -> list[float]:
 
     Labels that would are moved into a row around the middle of where they were wanted.
     """
-    rows: list[list[int]] = []
-    starts: list[float] = []
-    for index in range(len(wanted)):
-        rows.append([index])
-        starts.append(wanted[index] - heights[index] / 2)
-        while len(rows) > 1 and starts[-2] + _sum(heights, rows[-2]) > starts[-1]:
-            last = rows.pop()
-            starts.pop()
-            rows[-1] += last
-            middle = _sum(wanted, rows[-1]) / len(rows[-1])
-            starts[-1] = middle - _sum(heights, rows[-1]) / 2
+    rows: list[tuple[float, list[int]]] = []  # (where it starts, its labels)
+    for index, (centre, height) in enumerate(zip(wanted, heights, strict=True)):
+        rows.append((centre - height / 2, [index]))
+        while len(rows) > 1 and rows[-2][0] + _sum(heights, rows[-2][1]) > rows[-1][0]:
+            row = rows.pop(-2)[1] + rows.pop()[1]
+            middle = _sum(wanted, row) / len(row)
+            rows.append((middle - _sum(heights, row) / 2, row))
     centres = []
-    for row, start in zip(rows, starts, strict=True):
+    for start, row in rows:
         for index in row:
             centres.append(start + heights[index] / 2)
             start += heights[index]

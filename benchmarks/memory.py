@@ -6,52 +6,20 @@ the same for every variant and not counted.
 """
 
 import dataclasses
-import math
 import sys
 from pathlib import Path
 
-import jax
 from flax import nnx
 
-from bdia_jax import memory_report
 from bdia_jax.nnx import BDIAStack
-from benchmarks import lines, record
-from benchmarks.stack import (
-    GPU,
-    LABELS,
-    MIB,
-    TOY,
-    VARIANTS,
-    Shape,
-    add_variants,
-    lower_gradient,
-    make_stack,
-)
-from benchmarks.step_time import is_out_of_memory
+from benchmarks import lines, record, stack
+from benchmarks.measure import temp_bytes
+from benchmarks.stack import LABELS, MIB, VARIANTS, Shape
 
 NAMES = ["plain", "remat", "remat_sqrt", "revnet"]
 NAMES += ["bdia_guard0", "bdia_guard1", "bdia_chunked", "bdia_lean"]
-TOY_NAMES = ["plain", "remat", "bdia_guard0", "bdia_guard1", "bdia_lean"]
+TOY_NAMES = ["plain", "remat", "bdia_guard1"]
 HIDDEN = {"bdia_guard0", "bdia_chunked"}  # in the figure they would lie on their neighbours
-
-
-def temp_bytes(lowered: jax.stages.Lowered) -> int | None:
-    """Of a program; None if it does not fit on the device, arguments and outputs included.
-
-    Beyond that XLA on a GPU changes the program to make it fit, and its plan says nothing.
-    """
-    try:
-        report = memory_report(lowered.compile())
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    return report.temporaries if report.total <= (device_bytes() or math.inf) else None
-
-
-def device_bytes() -> int | None:
-    """What JAX may use of the device's memory; None where it does not say (on a CPU)."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def against_depth(names: list[str], shape: Shape, depths: list[int]) -> dict[str, dict]:
@@ -81,7 +49,7 @@ def _sizes(name: str, at: dict[int, tuple[Shape, int]]) -> dict[str, int]:
     """Temporary bytes by size, as far as it fits."""
     sizes: dict[str, int] = {}
     for size, (shape, depth) in at.items():
-        found = temp_bytes(lower_gradient(shape, depth, VARIANTS[name]))
+        found = temp_bytes(stack.lower_gradient(shape, depth, VARIANTS[name]))
         if found is None:
             break
         sizes[str(size)] = found
@@ -97,12 +65,12 @@ def slope(sizes: dict[str, int]) -> float:
 
 def side_bytes(name: str, shape: Shape) -> dict[str, int]:
     """What a block of a reversible BDIA stack has to keep: packed bits, and gamma [B] float32."""
-    stack = nnx.eval_shape(lambda: make_stack(shape, 1, VARIANTS[name]))
-    if not isinstance(stack, BDIAStack) or stack.backprop != "reversible":
+    made = nnx.eval_shape(lambda: stack.make_stack(shape, 1, VARIANTS[name]))
+    if not isinstance(made, BDIAStack) or made.backprop != "reversible":
         return {}
-    assert stack.fixed_point is not None
+    assert made.fixed_point is not None
     elements = shape.batch * shape.tokens * shape.width
-    packed = elements * stack.fixed_point.side_bits // 8
+    packed = elements * made.fixed_point.side_bits // 8
     return {"packed_bytes_per_block": packed, "gamma_bytes_per_block": 4 * shape.batch}
 
 
@@ -143,10 +111,8 @@ def _in_mib(rows: dict[str, dict]) -> dict[str, dict[int, float]]:
 
 def main(argv: list[str]) -> dict:
     """Measures, draws and records."""
-    options = record.parser(__doc__)
-    add_variants(options)
-    args = record.parse(options, argv)
-    shape = TOY if args.toy else GPU if args.gpu else Shape()
+    args = record.parse(stack.add_variants(record.parser(__doc__)), argv)
+    shape = stack.sized(args)
     depths = [2, 4] if args.toy else [6, 12, 24, 48, 96, 192, 384, 768]
     length_shape = dataclasses.replace(shape, batch=4)
     length_depth = 2 if args.toy else 24
@@ -155,12 +121,12 @@ def main(argv: list[str]) -> dict:
         lengths = [8 * length for length in lengths]
     names = args.variants or (TOY_NAMES if args.toy else NAMES)
     results = {"variants": against_depth(names, shape, depths)}
-    names = ["remat", "bdia_lean"] if args.toy else [n for n in names if n != "bdia_guard0"]
+    names = names[-1:] if args.toy else [n for n in names if n != "bdia_guard0"]
     results["by_length"] = against_length(names, length_shape, length_depth, lengths)
     config = {
-        "shape": dataclasses.asdict(shape),
+        "shape": shape,
         "depths": depths,
-        "length_shape": dataclasses.asdict(length_shape),
+        "length_shape": length_shape,
         "length_depth": length_depth,
         "lengths": lengths,
         "excluded": "arguments (parameters, x) and outputs (their gradients)",

@@ -11,28 +11,24 @@ audited in training mode.
 """
 
 import dataclasses
-import math
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from flax import nnx
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from bdia_jax import FixedPoint
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
-from benchmarks import record
-from benchmarks.digits import Size, digits_task, make_config
+from benchmarks import figure, record
+from benchmarks.digits import Size, digits_task, make_config, stack_to_audit
+from benchmarks.measure import audit_row
 from train.config import Config
-from train.loop.guard_bits import stack_inputs
 from train.loop.program import make_program
 from train.tasks.task import Task
 
@@ -72,10 +68,8 @@ def plain_stack(make_block: Any, depth: int, *, rngs: nnx.Rngs, **options: Any) 
 def prepare(name: str, size: Size, seeds: int) -> tuple[Config, Task]:
     """The run of LABELS of that name."""
     dtype = "bfloat16" if name == "model_bfloat16" else "float32"
-    config = dataclasses.replace(
-        make_config(dataclasses.replace(size, dtype=dtype)),
-        **{"num_seeds": seeds, "learning_rate": 1e-3, "schedule": "cosine"},
-    )
+    config = make_config(dataclasses.replace(size, dtype=dtype))
+    config = dataclasses.replace(config, num_seeds=seeds, learning_rate=1e-3, schedule="cosine")
     make_stack: Any = BDIAStack
     if name == "stack_bfloat16":
         make_stack = partial(plain_stack, dtype=jnp.bfloat16)
@@ -101,26 +95,16 @@ def run(name: str, size: Size, seeds: int, every: int) -> dict[str, Any]:
         "train_loss": losses,
         "held_out": held_out,
         "seconds_per_step": seconds / size.steps,  # the compiler's included
-        "audit": _audit(config, task, program.models(state)[0]),
+        "audit": _audit(*stack_to_audit(config, task, program.models(state)[0])),
     }
 
 
-def _audit(config: Config, task: Task, model: Any) -> dict[str, Any]:
+def _audit(stack: BDIAStack, x: jax.Array) -> dict[str, Any]:
     """With no guard bits, so that every rounding that came out different shows."""
-    x, consts = stack_inputs(config, task, model)["stack",]
-    model.stack.train()
-    model.stack.fixed_point = FixedPoint(guard_bits=0)
-    found = model.stack.audit(x, *consts, rngs=nnx.Rngs(0))
+    stack.fixed_point = FixedPoint(guard_bits=0)
+    found = stack.audit(x, rngs=nnx.Rngs(0))
     print(found, flush=True)
-    return {
-        "guard_bits": found.fixed_point.guard_bits,
-        "elements": found.elements * len(found.mismatches),
-        "mismatches": int(found.mismatches.sum()),
-        "x0_mismatches": found.x0_mismatches,
-        "invalid": found.invalid,
-        "max_drift": found.max_drift if math.isfinite(found.max_drift) else None,
-        "suggested_guard_bits": found.suggested_guard_bits,
-    }
+    return audit_row(found)
 
 
 def compare(rows: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
@@ -154,39 +138,36 @@ def _scores(row: dict) -> dict[str, np.ndarray]:
 
 def draw(rows: dict[str, dict], every: int, path: Path) -> None:
     """Mean and standard deviation over the seeds, and the difference of each seed from float32."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
     reference = np.asarray(rows["float32"]["train_loss"])
     steps = every * (1 + np.arange(len(reference)))
-    for index, (name, row) in enumerate(rows.items()):
-        losses = np.asarray(row["train_loss"])
-        mean, std = losses.mean(1), losses.std(1, ddof=1)
-        left.plot(steps, mean, f"C{index}", label=LABELS[name], linewidth=1.2)
-        left.fill_between(steps, mean - std, mean + std, color=f"C{index}", alpha=0.15, lw=0)
-        if name != "float32":
-            difference = (losses - reference).mean(1)
-            right.plot(steps, difference, f"C{index}", label=LABELS[name], linewidth=1.2)
-    std = reference.std(1, ddof=1)
-    right.fill_between(
-        steps, -std, std, color="C0", alpha=0.15, lw=0, label="standard deviation of float32"
-    )
-    left.set_ylabel("training loss")
-    right.set_ylabel("training loss less that of float32")
-    for axis in (left, right):
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"BDIA-ViT on digits, {reference.shape[1]} seeds", fontsize=10)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    band = {"alpha": 0.15, "lw": 0}
+    title = f"BDIA-ViT on digits, {reference.shape[1]} seeds"
+    with figure.panels(path, title, (9.6, 3.6)) as (left, right):
+        for index, (name, row) in enumerate(rows.items()):
+            losses, style = np.asarray(row["train_loss"]), {"color": f"C{index}"}
+            mean, std = losses.mean(1), losses.std(1, ddof=1)
+            left.plot(steps, mean, label=LABELS[name], linewidth=1.2, **style)
+            left.fill_between(steps, mean - std, mean + std, **style, **band)
+            if name != "float32":
+                difference = (losses - reference).mean(1)
+                right.plot(steps, difference, label=LABELS[name], linewidth=1.2, **style)
+        std = reference.std(1, ddof=1)
+        label = "standard deviation of float32"
+        right.fill_between(steps, -std, std, color="C0", label=label, **band)
+        for axis, what in ((left, "training loss"), (right, "training loss less float32's")):
+            figure.caption(axis, what)
+            axis.set_xlabel("step")
+            axis.legend(frameon=False, fontsize=8)
 
 
 def main(argv: list[str]) -> dict:
     """Trains all, compares, draws and records."""
     args = record.parse(record.parser(__doc__), argv)
     size, seeds, every = (TOY, 2, 2) if args.toy else (SIZE, 5, EVERY)
-    rows = {name: run(name, size, seeds, every) for name in LABELS}
+    names = ["float32", "stack_bfloat16"] if args.toy else [*LABELS]
+    rows = {name: run(name, size, seeds, every) for name in names}
     results = {"compared": compare(rows), "runs": rows}
-    config = {"size": dataclasses.asdict(size), "seeds": seeds, "every": every}
+    config = {"size": size, "seeds": seeds, "every": every}
     path = record.write("mixed_precision", results, config, argv=argv, args=args)
     draw(rows, every, path.with_suffix(".png"))
     for name, scores in results["compared"].items():

@@ -11,7 +11,6 @@ BDIA. A batch fits if its plan is at most 90 % of the memory.
 """
 
 import bisect
-import contextlib
 import json
 import math
 import sys
@@ -68,38 +67,26 @@ _SAFE = 0.9
 
 def gpt2(mesh: dict[str, int], backprop: str, **sizes: int) -> tuple[Config, Task]:
     """A GPT-2 of width 512 and depth 12, 32 sequences of 256 tokens of 8,192."""
-    values = gpt2_openwebtext.get_config()
     shape = {"batch": 32, "length": 256, "width": 512, "depth": 12, "vocab": 8192} | sizes
-    values.update(
-        {
-            "input": {
-                "tokenizer": "bpe",
-                "vocab_size": shape["vocab"],
-                "length": shape["length"],
-                "isolate_documents": False,
-            },
-            "model": {"width": shape["width"], "depth": shape["depth"], "dtype": "float32"},
-            **{"batch_size": shape["batch"], "mesh": mesh, "backprop": backprop},
-        }
-    )
-    values.update({"model": {"num_heads": 8, "mlp_dim": 4 * shape["width"]}})
+    model = {"width": shape["width"], "depth": shape["depth"], "dtype": "float32"}
+    model |= {"num_heads": 8, "mlp_dim": 4 * shape["width"]}
+    values = gpt2_openwebtext.get_config()
+    tokens = {"tokenizer": "bpe", "vocab_size": shape["vocab"], "length": shape["length"]}
+    values.update({"input": tokens | {"isolate_documents": False}})
+    values.update({"model": model, "mesh": mesh, "backprop": backprop})
+    values.update({"batch_size": shape["batch"]})
     config = open_config(values)
     return config, abstract_task(config)
 
 
 def vit(mesh: dict[str, int], backprop: str, **sizes: int) -> tuple[Config, Task]:
     """The ViT of CIFAR-10 with 12 blocks and an MLP of 2,048, batch 128."""
-    values = vit_cifar10.get_config()
     shape = {"batch": 128, "width": 512, "depth": 12} | sizes
-    values.update(
-        {
-            "input": {"rand_augment_ops": 0, "crop_padding": 0, "flip": False},
-            "model": {"width": shape["width"], "depth": shape["depth"]},
-            **{"batch_size": shape["batch"], "mesh": mesh, "backprop": backprop},
-            **{"optimizer": "adamw"},
-        }
-    )
-    values.update({"model": {"mlp_dim": 4 * shape["width"]}})
+    model = {"width": shape["width"], "depth": shape["depth"], "mlp_dim": 4 * shape["width"]}
+    values = vit_cifar10.get_config()
+    values.update({"input": {"rand_augment_ops": 0, "crop_padding": 0, "flip": False}})
+    values.update({"model": model, "mesh": mesh, "backprop": backprop})
+    values.update({"batch_size": shape["batch"], "optimizer": "adamw"})
     config = open_config(values)
     return config, images.of_shape(config, (32, 32, 3), 10)
 
@@ -125,13 +112,11 @@ def llama_config(name: str, mesh: dict[str, int], per_group: int, folder: Path) 
         folder: gets the model's config.json.
     """
     width, depth, heads, mlp_dim = LLAMAS[name]
-    described = {
-        **{"model_type": "llama", "hidden_act": "silu", "vocab_size": 128256},
-        **{"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": mlp_dim},
-        **{"num_attention_heads": heads, "num_key_value_heads": 8, "rope_theta": 5e5},
-        **{"max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
-        **{"tie_word_embeddings": name == "1B"},
-    }
+    described = {"model_type": "llama", "hidden_act": "silu", "vocab_size": 128256}
+    described |= {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": mlp_dim}
+    described |= {"num_attention_heads": heads, "num_key_value_heads": 8, "rope_theta": 5e5}
+    described |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    described |= {"tie_word_embeddings": name == "1B"}
     (folder / "config.json").write_text(json.dumps(described))
     values = gpt2_openwebtext.get_config()
     tokens = {"tokenizer": "checkpoint", "length": 8192, "isolate_documents": False}
@@ -165,9 +150,14 @@ def plan_llama(name: str, mesh: dict[str, int], gigabytes: int) -> dict[str, Any
                 most = bisect.bisect_right(range(1, most), limit, key=total)
             row[backprop] = {
                 "state": plan.parameters + plan.optimizer + plan.gradients,
-                **{"kept": plan.kept, "carried": plan.states, "block": plan.block},
-                **{"rest": plan.rest, "elsewhere": plan.elsewhere, "total": plan.total},
-                **{"per_sequence": more, "sequences_that_fit": most},
+                "kept": plan.kept,
+                "carried": plan.states,
+                "block": plan.block,
+                "rest": plan.rest,
+                "elsewhere": plan.elsewhere,
+                "total": plan.total,
+                "per_sequence": more,
+                "sequences_that_fit": most,
             }
     return row
 
@@ -175,8 +165,7 @@ def plan_llama(name: str, mesh: dict[str, int], gigabytes: int) -> dict[str, Any
 def main(argv: list[str]) -> dict:
     """Compares, plans and records."""
     args = record.parse(record.parser(__doc__), argv)
-    with contextlib.suppress(RuntimeError):  # there are devices already
-        jax.config.update("jax_num_cpu_devices", 4)
+    record.cpu_devices(4)
     meshes = dict(list(MESHES.items())[: 1 if args.toy or args.gpu else None])
     sizes = {"batch": 8, "width": 64, "depth": 2} if args.toy else {}
     results: dict[str, Any] = {"compared": {}, "planned": []}

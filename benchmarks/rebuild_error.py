@@ -7,21 +7,20 @@ as compiled here, and once with a block whose second evaluation is off by 1e-6, 
 another kernel might be.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
 from bdia_jax import FixedPoint
-from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
-from benchmarks import record
+from benchmarks import figure, record
 from benchmarks.drift import CIFAR, TOY
-from benchmarks.stack import Shape, make_block
+from benchmarks.faults import OffBlock
+from benchmarks.stack import VARIANTS, Shape, make_block
 
 OFF_BY = 1e-6
 LABELS = {
@@ -33,84 +32,49 @@ LABELS = {
 }
 
 
-@jax.custom_vjp
-def _off_in_backward(h: jax.Array) -> jax.Array:
-    """h; but off by +-OFF_BY where it is evaluated to be differentiated, so in the backward."""
-    return h
-
-
-def _off_fwd(h):
-    return h + OFF_BY * jax.random.rademacher(jax.random.key(7), h.shape, h.dtype), None
-
-
-_off_in_backward.defvjp(_off_fwd, lambda _, ct: (ct,))
-
-
-class _OffBlock(nnx.Module):
-    """A block that is not quite deterministic."""
-
-    def __init__(self, shape: Shape, rngs: nnx.Rngs):
-        self.block = make_block(shape, rngs)
-
-    def __call__(self, x):
-        return _off_in_backward(self.block(x))
-
-    def f(self, x):
-        return _off_in_backward(self.block.f(x))
-
-    def g(self, x):
-        return _off_in_backward(self.block.g(x))
-
-
 def errors(name: str, shape: Shape, depth: int, off: bool) -> list[float]:
     """Largest |rebuilt - forward| of x_0 .. x_{K-2}, in units of x."""
     x = jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return _OffBlock(shape, rngs) if off else make_block(shape, rngs)
+        block = make_block(shape, rngs)
+        return OffBlock(block, OFF_BY) if off else block
 
-    floats = {"float_bdia": FloatBDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
-    if name in floats:
-        stack = floats[name](make, depth, rngs=nnx.Rngs(0))
-        values = np.asarray(stack.rebuild_errors(x, rngs=nnx.Rngs(2)))[: depth - 1]
+    stack: Any = VARIANTS[name](make, depth, rngs=nnx.Rngs(0))
+    if isinstance(stack, BDIAStack):
+        values = stack.audit(x, rngs=nnx.Rngs(2)).errors * 2.0 ** -FixedPoint().frac_bits
     else:
-        fixed_point = FixedPoint(guard_bits=int(name[-1]))
-        bdia = BDIAStack(make, depth, rngs=nnx.Rngs(0), fixed_point=fixed_point)
-        values = bdia.audit(x, rngs=nnx.Rngs(2)).errors * 2.0**-fixed_point.frac_bits
+        values = np.asarray(stack.rebuild_errors(x, rngs=nnx.Rngs(2)))[: depth - 1]
     return [float(value) for value in values]
 
 
 def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Error against block; an exact rebuild, which a logarithmic axis cannot show, at the floor."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True, layout="constrained")
     floor = 1e-8
     titles = {"as_compiled": "as compiled here", "off": f"second evaluation off by {OFF_BY:g}"}
-    for axis, (case, title) in zip(panels, titles.items(), strict=True):
-        for name, values in results[case].items():
-            axis.plot(
-                range(len(values)),
-                np.maximum(values, floor),
-                label=LABELS[name] + (" (exact: 0)" if not any(values) else ""),
-            )
-        axis.set_yscale("log")
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("block (rebuilt from right to left)")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
-    panels[0].set_ylabel("largest error of a rebuilt state")
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    title = f"How far rebuilt states are off, on {record.device_name()}"
+    with figure.panels(path, title, (9.6, 3.6), len(results), sharey=True) as axes:
+        for axis, (case, rows) in zip(axes, results.items(), strict=True):
+            for name, values in rows.items():
+                label = LABELS[name] + (" (exact: 0)" if not any(values) else "")
+                axis.plot(range(len(values)), np.maximum(values, floor), label=label)
+            axis.set(yscale="log", xlabel="block (rebuilt from right to left)")
+            figure.caption(axis, titles[case])
+            axis.legend(frameon=False, fontsize=7)
+        axes[0].set_ylabel("largest error of a rebuilt state")
 
 
 def main(argv: list[str]) -> dict:
     """Measures, draws and records."""
     args = record.parse(record.parser(__doc__), argv)
-    shape, depth = (TOY, 4) if args.toy else (CIFAR, 24)
+    shape, depth, names, cases = CIFAR, 24, [*LABELS], ["as_compiled", "off"]
+    if args.toy:
+        shape, depth, names, cases = TOY, 64, ["float_bdia", "bdia_guard0", "bdia_guard1"], ["off"]
     results = {
-        case: {name: errors(name, shape, depth, off) for name in LABELS}
-        for case, off in (("as_compiled", False), ("off", True))
+        case: {name: errors(name, shape, depth, off=case == "off") for name in names}
+        for case in cases
     }
-    config = {"shape": dataclasses.asdict(shape), "depth": depth, "off_by": OFF_BY}
+    config = {"shape": shape, "depth": depth, "off_by": OFF_BY}
     path = record.write("rebuild_error", results, config, argv=argv, args=args)
     draw(results, path.with_suffix(".png"))
     for case, rows in results.items():

@@ -1,6 +1,8 @@
-"""Where a result came from: device, versions, date and command, beside the numbers."""
+"""What the programs share: options, and where a result came from, beside the numbers."""
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -33,6 +35,12 @@ def parse(options: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     return args
 
 
+def cpu_devices(count: int) -> None:
+    """Lets a CPU stand for so many devices, unless there are devices already."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def write(
     name: str, results: Any, config: dict[str, Any], *, argv: list[str], args: argparse.Namespace
 ) -> Path:
@@ -41,7 +49,7 @@ def write(
     Args:
         name: of the benchmark, as in python -m benchmarks.NAME.
         results: what was measured, JSON-able.
-        config: the sizes it was measured with.
+        config: the sizes it was measured with; dataclasses too.
         argv: the command line; --out is left out of the record, it is not part of the result.
         args: argv parsed.
 
@@ -50,16 +58,17 @@ def write(
     """
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stem(name)}.json"
+    flags = os.environ.get("XLA_FLAGS", "").split()
     document = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *_without_out(argv)]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "xla_flags": [flag for flag in _xla_flags() if "/" not in flag],  # no folders
+        "xla_flags": [flag for flag in flags if "/" not in flag],  # no folders
         "device": _device(),
         "versions": _versions(),
         "config": config,
         "results": results,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1, default=dataclasses.asdict) + "\n")
     return path
 
 
@@ -67,10 +76,6 @@ def stem(name: str) -> str:
     """The file name without its ending: results of a GPU stand beside those of the CPU."""
     backend = jax.default_backend()
     return name if backend == "cpu" else f"{name}_{backend}"
-
-
-def _xla_flags() -> list[str]:
-    return os.environ.get("XLA_FLAGS", "").split()
 
 
 def device_name() -> str:

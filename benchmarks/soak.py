@@ -14,39 +14,35 @@ or sizes up to 1.
 
 The controls are counted by the same code, and two of the three must show mismatches: a block
 that is off by +-1e-5 in the backward pass, with the parity bit alone and, exact again, with one
-guard bit; bfloat16 without `bdia_jax._rounding`.
+guard bit; bfloat16 under `benchmarks.faults.unpinned`.
 
 A line is added to soak_rounds.jsonl after every round; started again, the program goes on from
 there.
 """
 
 import json
-import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-_FLAG = "--xla_force_host_platform_device_count"
-if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-from bdia_jax import sample_gamma  # noqa: E402
-from bdia_jax.audit import forward_and_back  # noqa: E402
-from bdia_jax.nnx import BDIAStack  # noqa: E402
-from bdia_jax.scan import prepare  # noqa: E402
-from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding  # noqa: E402
-from benchmarks import record  # noqa: E402
-from benchmarks.soak_settings import (  # noqa: E402
+from bdia_jax import sample_gamma
+from bdia_jax.audit import forward_and_back
+from bdia_jax.nnx import BDIAStack
+from bdia_jax.scan import prepare
+from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding
+from benchmarks import record
+from benchmarks.faults import unpinned
+from benchmarks.soak_settings import (
     CONTROLS,
     OFF_BY,
     SCALES,
@@ -68,7 +64,7 @@ class Soak:
     def __init__(self, setting: Setting):
         self.setting = setting
         stack = make_stack(setting)
-        x = jax.ShapeDtypeStruct((setting.batch, setting.tokens, setting.width), jnp.float32)
+        x = jax.ShapeDtypeStruct(setting.shape, jnp.float32)
         functions = stack._functions(x, nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
         self.pure, self.block_fn, self.chunks = functions
         self.draw = jax.jit(self._draw, out_shardings=self._shardings(stack))
@@ -78,8 +74,7 @@ class Soak:
         """Counts of one round."""
         start = time.perf_counter()
         operands = self.draw(seed)
-        pins = nullcontext() if self.setting.pinned else _without_pins()
-        with pins:
+        with nullcontext() if self.setting.pinned else unpinned():
             _, seen, _ = self.backward(*operands, True)
             wrong_x0 = int(self.backward(*operands, False)[0]) if unprobed else None
         seen = {name: np.asarray(values)[1:] for name, values in seen.items()}  # 0 undoes nothing
@@ -99,7 +94,8 @@ class Soak:
         """(params, x0, gamma): kernels and x0 of a random size, everything else about its usual."""
         setting = self.setting
         keys = iter(jax.random.split(jax.random.key(seed), 100))
-        scale, size = jax.random.choice(next(keys), jnp.array(self._sizes()), (2,))
+        sizes = jnp.array([size for size in SCALES if size <= setting.largest])
+        scale, size = jax.random.choice(next(keys), sizes, (2,))
         leaves, treedef = jax.tree.flatten(self.pure.params)
 
         def fresh(leaf):
@@ -113,23 +109,19 @@ class Soak:
             return leaf + 0.1 * scale * noise
 
         params = treedef.unflatten([fresh(leaf) for leaf in leaves])
-        x0 = size * jax.random.normal(next(keys), (setting.batch, setting.tokens, setting.width))
+        x0 = size * jax.random.normal(next(keys), setting.shape)
         magnitude = 2.0**-setting.gamma_bits
         return params, x0, sample_gamma(next(keys), setting.depth, setting.batch, magnitude)
-
-    def _sizes(self) -> list[float]:
-        return [size for size in SCALES if size <= self.setting.largest]
 
     def _shardings(self, stack: BDIAStack):
         """Of (params, x0, gamma), as training places them; keys and counts are whole everywhere."""
         setting = self.setting
         mesh = make_mesh(**{name: getattr(setting, name) for name in AXES})
-        shape = (setting.batch, setting.tokens, setting.width)
         whole = NamedSharding(mesh, PartitionSpec())
         _, *others = self.pure.params
         params = (param_shardings(stack, mesh)["blocks"], *jax.tree.map(lambda _: whole, others))
         gamma = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-        return params, state_sharding(mesh, shape), gamma
+        return params, state_sharding(mesh, setting.shape), gamma
 
     def _backward(self, params, x0, gamma, probe):
         whole = {"batch_chunks": 1, "token_chunks": 1, "per_sample": None}
@@ -140,10 +132,6 @@ class Soak:
 
 
 compiled = cache(Soak)
-
-
-def _without_pins():
-    return mock.patch("bdia_jax._block.pin_rounding", lambda fn: fn)
 
 
 # --- all of them -------------------------------------------------------------------------
@@ -185,21 +173,29 @@ def control(setting: Setting, must_be_exact: bool) -> dict:
     """A round of a setting of CONTROLS."""
     found = compiled(setting).run(0, unprobed=True)
     as_expected = (found["mismatches"] == 0) == must_be_exact
+    print(f"control: {found['mismatches']} differ  {setting.name}", flush=True)
     return found | {"must_be_exact": must_be_exact, "as_expected": as_expected}
 
 
-def main(argv: list[str]) -> dict:
-    """Goes on until enough elements are compared; stops at once if one differs."""
-    options = record.parser(__doc__)
-    options.add_argument("--elements", type=float, default=1e10, help="to compare in all")
-    options.add_argument("--rounds", type=int, help="of each setting, whatever --elements says")
-    args = record.parse(options, argv)
-    settings, controls = [*SETTINGS], [*CONTROLS]
-    if args.toy:
-        settings = [toy(SETTINGS[-1])]
-        controls = [(toy(setting), exact) for setting, exact in CONTROLS[:2]]
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{record.stem('soak_rounds')}.jsonl"
+def soak(
+    settings: Sequence[Setting],
+    controls: Sequence[tuple[Setting, bool]],
+    path: Path,
+    is_enough: Callable[[dict], bool],
+    keep: Callable[[dict], Any] = lambda results: None,
+) -> dict:
+    """The controls once, then rounds of the settings in turn; stops at once if an element differs.
+
+    Args:
+        settings: all different.
+        controls: (setting, whether it must be exact).
+        path: gets a line after every round; those in it count, of settings named here.
+        is_enough: of the results, whether to end.
+        keep: is handed the results after every round.
+
+    Returns:
+        The `summary` of all rounds, and "controls".
+    """
     lines = read_lines(path)
 
     def add(line: dict) -> dict:
@@ -210,46 +206,63 @@ def main(argv: list[str]) -> dict:
 
     done = {line["setting"]: line for line in lines}
     checked = [done.get(each[0].name) or add(control(*each)) for each in controls]
-    for found in checked:
-        print(f"control: {found['mismatches']} differ  {found['setting']}", flush=True)
-    names = {setting.name for setting in settings}
+    names = [setting.name for setting in settings]
     rounds = [line for line in lines if line["setting"] in names]
-    config = {"scales": SCALES, "unprobed_every": UNPROBED_EVERY, "off_by": OFF_BY}
     results: dict[str, Any] = summary(rounds) | {"controls": checked}
-
-    def is_done(counts: list[int]) -> bool:
-        if args.rounds is not None:
-            return min(counts) >= args.rounds
-        return results["total"]["elements"] >= args.elements
-
-    while True:
-        counts = [sum(one["setting"] == s.name for one in rounds) for s in settings]
-        if is_done(counts):
-            break
+    keep(results)
+    while not (is_enough(results) or _wrong(results)):
+        counts = [sum(one["setting"] == name for one in rounds) for name in names]
         index = int(np.argmin(counts))
-        setting = settings[index]
         seed = counts[index] * len(SETTINGS) + index  # no two rounds alike
-        found = add(compiled(setting).run(seed, unprobed=counts[index] % UNPROBED_EVERY == 0))
-        rounds.append(found)
+        unprobed = counts[index] % UNPROBED_EVERY == 0
+        rounds.append(found := add(compiled(settings[index]).run(seed, unprobed)))
         results = summary(rounds) | {"controls": checked}
-        record.write("soak", results, config, argv=argv, args=args)
+        keep(results)
         total = results["total"]
         print(
             f"{total['elements']:.4e} compared  {total['mismatches']} differ  "
             f"{found['elements'] / found['seconds'] / 1e6:6.1f} M/s  {found['setting']}",
             flush=True,
         )
-        if found["mismatches"] or found["unprobed_x0_mismatches"] or found["invalid"]:
-            break
-    record.write("soak", results, config, argv=argv, args=args)
     return results
+
+
+def _wrong(results: dict) -> int:
+    total = results["total"]
+    return total["mismatches"] + total["unprobed_x0_mismatches"] + total["invalid"]
 
 
 def verdict(results: dict) -> bool:
     """Whether nothing differed and the controls came out as they must."""
-    total = results["total"]
-    wrong = total["mismatches"] + total["unprobed_x0_mismatches"] + total["invalid"]
-    return wrong == 0 and all(found["as_expected"] for found in results["controls"])
+    return not _wrong(results) and all(found["as_expected"] for found in results["controls"])
+
+
+def main(argv: list[str]) -> dict:
+    """Goes on until enough elements are compared, and records after every round."""
+    options = record.parser(__doc__)
+    options.add_argument("--elements", type=float, default=1e10, help="to compare in all")
+    options.add_argument("--rounds", type=int, help="of each setting, in place of --elements")
+    args = record.parse(options, argv)
+    record.cpu_devices(8)
+    settings, controls = [*SETTINGS], [*CONTROLS]
+    if args.toy:
+        settings = [toy(SETTINGS[-1])]
+        controls = [(toy(setting), exact) for setting, exact in CONTROLS[:2]]
+        args.rounds = args.rounds or 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{record.stem('soak_rounds')}.jsonl"
+    config = {"scales": SCALES, "unprobed_every": UNPROBED_EVERY, "off_by": OFF_BY}
+
+    def is_enough(results: dict) -> bool:
+        if args.rounds is None:
+            return results["total"]["elements"] >= args.elements
+        counts = [row["rounds"] for row in results["settings"].values()]
+        return len(counts) == len(settings) and min(counts) >= args.rounds
+
+    def keep(results: dict) -> None:
+        record.write("soak", results, config, argv=argv, args=args)
+
+    return soak(settings, controls, path, is_enough, keep)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What `benchmarks.soak` compiles: blocks, formats, meshes, and the controls."""
 
 import dataclasses
+import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +11,7 @@ from bdia_jax import FixedPoint
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.sharding import AXES
+from benchmarks.faults import OffBlock
 
 SCALES = (0.5, 1.0, 2.0, 4.0)
 OFF_BY = 1e-5
@@ -23,7 +24,7 @@ class Setting:
     data, fsdp, tensor, sequence: devices, as in `bdia_jax.sharding.make_mesh`.
     largest: of `SCALES`.
     off: by how much h is off in the backward pass.
-    pinned: False for bfloat16 without `bdia_jax._rounding`.
+    pinned: False for bfloat16 under `benchmarks.faults.unpinned`.
     """
 
     kind: str = "transformer"
@@ -63,9 +64,14 @@ class Setting:
         return FixedPoint(self.frac_bits, self.guard_bits, self.gamma_bits)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a state."""
+        return self.batch, self.tokens, self.width
+
+    @property
     def elements(self) -> int:
         """Rebuilt activations of a round: x_0 .. x_{K-2}."""
-        return (self.depth - 1) * self.batch * self.tokens * self.width
+        return (self.depth - 1) * math.prod(self.shape)
 
 
 _MLP = partial(Setting, kind="mlp")
@@ -126,19 +132,6 @@ def toy(setting: Setting) -> Setting:
 # --- blocks ------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _off_in_backward(off: float, h: jax.Array) -> jax.Array:
-    """h; but off by +-off where it is evaluated to be differentiated, so in the backward."""
-    return h
-
-
-def _off_fwd(off, h):
-    return h + off * jax.random.rademacher(jax.random.key(7), h.shape, h.dtype), None
-
-
-_off_in_backward.defvjp(_off_fwd, lambda off, _, ct: (ct,))
-
-
 class _MLPBlock(nnx.Module):
     """Plain layers that name no dtype: in bfloat16 all of it is, h too."""
 
@@ -152,17 +145,6 @@ class _MLPBlock(nnx.Module):
         return self.dropout(self.out(nnx.gelu(self.hidden(self.norm(x)))))
 
 
-class _OffBlock(nnx.Module):
-    """A block that is not quite deterministic."""
-
-    def __init__(self, block: nnx.Module, off: float):
-        self.block = block
-        self.off = off
-
-    def __call__(self, x):
-        return _off_in_backward(self.off, self.block(x))
-
-
 def make_stack(setting: Setting) -> BDIAStack:
     """The stack in training mode."""
 
@@ -173,7 +155,7 @@ def make_stack(setting: Setting) -> BDIAStack:
         else:
             options = {"dropout_rate": rate, "dtype": jnp.dtype(setting.dtype)}
             block = PreNormBlock(width, 2, width, **options, rngs=rngs)
-        return _OffBlock(block, setting.off) if setting.off else block
+        return OffBlock(block, setting.off) if setting.off else block
 
     return BDIAStack(
         make,

@@ -53,21 +53,18 @@ def variants(names: list[str] | None = None) -> dict[str, Maker]:
     return {name: VARIANTS[name] for name in names}
 
 
-def add_variants(options: argparse.ArgumentParser) -> None:
-    """--variants NAME ..., for `variants(args.variants)`."""
+def add_variants(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With --variants NAME ..., for `variants(args.variants)`."""
     options.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME")
+    return options
 
 
 def color(name: str) -> str:
     """Okabe-Ito blue for BDIA, orange for plain autodiff, green for float, brown for remat."""
     if name.startswith("bdia"):
         return "#0072B2"
-    return {
-        "plain": "#D55E00",
-        "revnet": "#009E73",
-        "midpoint": "#009E73",
-        "float_bdia": "#009E73",
-    }.get(name, "#9A6A00")
+    floats = dict.fromkeys(("revnet", "midpoint", "float_bdia"), "#009E73")
+    return (floats | {"plain": "#D55E00", "loop": "0.35"}).get(name, "#9A6A00")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +84,11 @@ TOY = Shape(batch=4, tokens=64, width=64, num_heads=2, mlp_dim=128)
 GPU = Shape(batch=32, tokens=512, width=1024, num_heads=16, mlp_dim=4096, dtype="bfloat16")
 
 
+def sized(args: argparse.Namespace) -> Shape:
+    """The sizes --toy or --gpu ask for."""
+    return TOY if args.toy else GPU if args.gpu else Shape()
+
+
 def make_block(shape: Shape, rngs: nnx.Rngs) -> PreNormBlock:
     """One block of the given sizes."""
     return PreNormBlock(
@@ -104,47 +106,39 @@ def make_stack(shape: Shape, depth: int, variant: Maker) -> Stack:
     return variant(partial(make_block, shape), depth, rngs=nnx.Rngs(0))
 
 
-def gradient_fn(graphdef):
-    """(params, rest, x, key) -> (loss, (gradients of params, gradient of x)), loss = mean(y^2).
+def lower_gradient(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
+    """(params, rest, x, key) -> (loss, (gradients of params, gradient of x)), from shapes alone.
 
-    y is x_K, and both streams of RevViT. x has a gradient too, because an embedding stands
-    before the stack in training.
+    loss = mean(y^2); y is x_K, and both streams of RevViT. x has a gradient too, because an
+    embedding stands before the stack in training.
     """
+    gradient, arguments = _gradient(shape, depth, variant)
+    return jax.jit(gradient).lower(*arguments)
+
+
+def lower_step(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
+    """(params, rest, x, key) -> (new params, loss, gradient of x) after SGD; params donated."""
+    gradient, arguments = _gradient(shape, depth, variant)
+
+    def step(params, rest, x, key):
+        loss, (grads, grad_x) = gradient(params, rest, x, key)
+        params = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
+        return params, loss, grad_x  # which an embedding would receive
+
+    return jax.jit(step, donate_argnums=0).lower(*arguments)
+
+
+def _gradient(shape: Shape, depth: int, variant: Maker):
+    """(the gradient of one training step, the shapes of what it takes): no array is made."""
+    abstract = nnx.eval_shape(lambda: make_stack(shape, depth, variant))
+    graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
+    x = jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.width), jnp.float32)
 
     def loss_fn(params, x, rest, key):
         stack = nnx.merge(graphdef, params, rest)
         return jnp.mean(stack(x, rngs=nnx.Rngs(key)) ** 2)
 
-    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
-    return lambda params, rest, x, key: gradient(params, x, rest, key)
+    def gradient(params, rest, x, key):
+        return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, x, rest, key)
 
-
-def step_fn(graphdef):
-    """(params, rest, x, key) -> (new params, loss, gradient of x): jitted, params donated."""
-    gradient = gradient_fn(graphdef)
-
-    def step(params, rest, x, key):
-        loss, (grads, grad_x) = gradient(params, rest, x, key)
-        params = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
-        return params, loss, grad_x  # grad_x is what an embedding would receive
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def lower_gradient(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
-    """The gradient of one training step, lowered from shapes alone: no array is made."""
-    graphdef, *arguments = _abstract(shape, depth, variant)
-    return jax.jit(gradient_fn(graphdef)).lower(*arguments)
-
-
-def lower_step(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
-    """One training step with its SGD update, lowered from shapes alone."""
-    graphdef, *arguments = _abstract(shape, depth, variant)
-    return step_fn(graphdef).lower(*arguments)
-
-
-def _abstract(shape, depth, variant):
-    abstract = nnx.eval_shape(lambda: make_stack(shape, depth, variant))
-    graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
-    x = jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.width), jnp.float32)
-    return graphdef, params, rest, x, jax.eval_shape(lambda: jax.random.key(0))
+    return gradient, (params, rest, x, jax.eval_shape(lambda: jax.random.key(0)))

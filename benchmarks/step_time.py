@@ -6,91 +6,50 @@ any recomputation (`benchmarks.flops`), per second, over what the fastest of a f
 products of the same dtype reached here just before. Temporary memory is the compiler's plan.
 """
 
-import dataclasses
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import memory_report
-from benchmarks import dots, record
+from benchmarks import dots, record, stack
 from benchmarks.flops import model_flops, peak_flops
-from benchmarks.stack import (
-    GPU,
-    MIB,
-    TOY,
-    Maker,
-    Shape,
-    add_variants,
-    lower_step,
-    make_stack,
-    variants,
-)
+from benchmarks.measure import Stepper, in_turns, ratios, unless_too_large
+from benchmarks.stack import MIB, Maker, Shape
 
-TOY_NAMES = ["plain", "remat", "bdia_guard1", "bdia_lean"]
+TOY_NAMES = ["remat", "bdia_guard1"]
 
 
-class Stepper:
-    """A compiled training step and the parameters it moves.
+def make_stepper(shape: Shape, depth: int, variant: Maker, compiled: Any = None) -> Stepper:
+    """A step that ran once.
 
     Args:
         shape, depth, variant: of the stack.
         compiled: `lower_step(shape, depth, variant).compile()`, if it has been made already.
     """
-
-    def __init__(self, shape: Shape, depth: int, variant: Maker, compiled=None):
-        self.x = jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
-        self.key = jax.random.key(2)
-        stack = make_stack(shape, depth, variant)
-        _, self.params, self.rest = nnx.split(stack, nnx.Param, ...)
-        self.step = compiled or lower_step(shape, depth, variant).compile()
-
-    def seconds(self, steps: int) -> float:
-        """Mean seconds of a step over `steps` steps in a row."""
-        start = time.perf_counter()
-        loss = grad_x = jnp.zeros(())
-        for _ in range(steps):
-            self.params, loss, grad_x = self.step(self.params, self.rest, self.x, self.key)
-        jax.block_until_ready((self.params, loss, grad_x))
-        seconds = (time.perf_counter() - start) / steps
-        if not jnp.isfinite(loss):
-            raise RuntimeError(f"loss is {loss}; a diverged step is not worth timing")
-        return seconds
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a step failed for want of memory; anything else is an error."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def start(shape: Shape, depth: int, makers: dict[str, Maker]) -> dict[str, Stepper]:
-    """Steppers that ran once; a variant that does not fit in memory is left out."""
-    steppers = {}
-    for name, make in makers.items():
-        try:
-            stepper = Stepper(shape, depth, make)
-            stepper.seconds(1)
-            steppers[name] = stepper
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"{name:12s} out of memory")
-    return steppers
+    _, params, rest = nnx.split(stack.make_stack(shape, depth, variant), nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
+    step = compiled or stack.lower_step(shape, depth, variant).compile()
+    stepper = Stepper(step, params, rest, x, jax.random.key(2))
+    stepper.seconds(1)
+    return stepper
 
 
 def measure(
     shape: Shape, depth: int, makers: dict[str, Maker], rounds: int, steps: int, peak: float
 ) -> dict[str, dict | None]:
     """Per variant the seconds of every round and what follows; None if it is out of memory."""
-    steppers = start(shape, depth, makers)
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for _ in range(rounds):
-        for name, stepper in steppers.items():
-            seconds[name].append(stepper.seconds(steps))
+    steppers: dict[str, Stepper] = {}
+    for name, make in makers.items():
+        if stepper := unless_too_large(partial(make_stepper, shape, depth, make)):
+            steppers[name] = stepper
+        else:
+            print(f"{name:12s} out of memory")
+    seconds = in_turns(steppers, rounds, steps)
     rows: dict[str, dict | None] = dict.fromkeys(makers)
     for name, values in seconds.items():
         low, median, high = statistics.quantiles(values, n=4)
@@ -100,10 +59,8 @@ def measure(
         row["temp_bytes"] = memory_report(steppers[name].step).temporaries
         for base in ("plain", "remat"):
             if base in seconds:
-                pairs = zip(values, seconds[base], strict=True)
-                ratios = [ours / theirs for ours, theirs in pairs]
-                row[f"ratio_to_{base}"] = statistics.median(ratios)
-                row[f"ratios_to_{base}"] = ratios
+                row[f"ratios_to_{base}"] = ratios(values, seconds[base])
+                row[f"ratio_to_{base}"] = statistics.median(row[f"ratios_to_{base}"])
         rows[name] = row
         print(_line(name, row), flush=True)
     return rows
@@ -158,19 +115,18 @@ def main(argv: list[str]) -> dict:
     """Measures, draws and records."""
     options = record.parser(__doc__)
     options.add_argument("--rounds", type=int, default=None, help="turns of each variant, >= 7")
-    add_variants(options)
-    args = record.parse(options, argv)
-    shape = TOY if args.toy else GPU if args.gpu else Shape()
+    args = record.parse(stack.add_variants(options), argv)
+    shape = stack.sized(args)
     depth = 2 if args.toy else 24 if args.gpu else 12
     rounds = args.rounds or (7 if args.toy else 15 if args.gpu else 9)
     steps = 3 if args.gpu else 1
     sizes = (256,) if args.toy else (4096, 8192, 16384) if args.gpu else (1024, 2048, 4096)
     peak = peak_flops(shape.dtype, sizes)
     print(f"peak {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s, n = {peak['matmul_size']}")
-    makers = variants(args.variants or (TOY_NAMES if args.toy else None))
+    makers = stack.variants(args.variants or (TOY_NAMES if args.toy else None))
     rows = measure(shape, depth, makers, rounds, steps, peak["flops_per_second"])
     config = {
-        "shape": dataclasses.asdict(shape),
+        "shape": shape,
         "depth": depth,
         "rounds": rounds,
         "steps_per_round": steps,

@@ -10,21 +10,17 @@ import math
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from bdia_jax import memory_report
-from benchmarks import record
+from benchmarks import record, runs
 from benchmarks.stack import MIB
 from configs import common, vit_cifar10
 from train.config import Config
-from train.loop.program import compile_steps, make_program
 from train.tasks import open_config
 from train.tasks.images import Images, make_task
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}
-# row: (run of the config, changes of it)
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+ROWS: runs.Rows = {
     "plain": ("plain", {}),
     "remat": ("plain", common.PLAIN | {"backprop": "remat"}),
     "revnet": ("revnet", {}),
@@ -48,22 +44,14 @@ def measure(run: str, changes: dict) -> dict[str, int]:
     config = open_config(values)
     batch = config.batch_size
     images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
-    task = make_task(config, images, images, num_classes=10)
-    program = make_program(config, task)
-    memory = memory_report(compile_steps(program))
-    state = memory.arguments - images.images.nbytes - images.labels.nbytes
-    parameters = jax.tree.leaves(jax.eval_shape(program.init)["params"])
-    parameter_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
-    side = side_bytes(config)
-    return {
-        "temp_bytes": memory.temporaries,
-        "state_bytes": state,
-        "total_bytes": memory.temporaries + state,
-        "parameter_bytes": parameter_bytes,
-        "optimizer_bytes": state - parameter_bytes,
-        "gradient_bytes": parameter_bytes,
+    sizes, trained = runs.step_bytes(config, make_task(config, images, images, num_classes=10))
+    parameters, side = runs.size_in_bytes(trained), side_bytes(config)
+    return sizes | {
+        "parameter_bytes": parameters,
+        "optimizer_bytes": sizes["state_bytes"] - parameters,
+        "gradient_bytes": parameters,
         "side_bytes": side,
-        "rest_bytes": memory.temporaries - parameter_bytes - side,
+        "rest_bytes": sizes["temp_bytes"] - parameters - side,
     }
 
 
@@ -76,27 +64,25 @@ def side_bytes(config: Config) -> int:
     return config.model.depth * config.batch_size * tokens * config.model.width * bits // 8
 
 
+def _line(name: str, row: dict) -> str:
+    parts = " + ".join(f"{row[part] / MIB:.1f}" for part in PARTS)
+    line = f"{name:16s} {row['total_bytes'] / MIB:8.1f} = {parts}; {row['ratio_to_plain']:.3f}"
+    paper = f" (paper: {PAPER_MB[name] / PAPER_MB['plain']:.2f})" if name in PAPER_MB else ""
+    return f"{line} of plain{paper}"
+
+
 def main(argv: list[str]) -> dict:
     """Compiles a step of each system and records what it needs."""
     args = record.parse(record.parser(__doc__), argv)
     sizes: dict[str, Any] = {}
     if args.toy:
-        sizes = {"batch_size": 16, "model": {"width": 32, "depth": 2, "mlp_dim": 32}}
-        sizes["input"] = {"rand_augment_ops": 0}  # most of the time to compile
-    names = ["plain", "revnet", "bdia", "bdia_lean"] if args.toy else list(ROWS)
-    results: dict[str, dict] = {}
+        model = {"width": 32, "depth": 6, "mlp_dim": 32, "dropout_rate": 0.0}
+        # without augmentation and dropout, which are most of the time to compile
+        sizes = {"batch_size": 16, "model": model, "input": {"rand_augment_ops": 0}}
+    names = ["plain", "bdia"] if args.toy else list(ROWS)
     print(f"{'MiB':16s} total = " + " + ".join(part.removesuffix("_bytes") for part in PARTS))
-    for name in names:
-        run, changes = ROWS[name]
-        row = results[name] = measure(run, changes | sizes)
-        row["ratio_to_plain"] = row["total_bytes"] / results["plain"]["total_bytes"]
-        print(
-            f"{name:16s} {row['total_bytes'] / MIB:8.1f} = "
-            + " + ".join(f"{row[part] / MIB:.1f}" for part in PARTS)
-            + f"; {row['ratio_to_plain']:.3f} of plain"
-            + (f" (paper: {PAPER_MB[name] / PAPER_MB['plain']:.2f})" if name in PAPER_MB else ""),
-            flush=True,
-        )
+    rows = {name: (run, changes | sizes) for name, (run, changes) in ROWS.items() if name in names}
+    results = runs.table(rows, measure, _line)
     config = {"config": "configs/vit_cifar10.py", "paper_mb": PAPER_MB, **sizes}
     config["changes"] = {name: ROWS[name][1] for name in names}
     record.write("vit_memory", results, config, argv=argv, args=args)

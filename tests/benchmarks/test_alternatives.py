@@ -67,7 +67,11 @@ def gradient(make, seed=1):
     return grads, aux, largest
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.claim("alternatives have the plain stack's gradients")
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "two_level" else pytest.param(n, marks=pytest.mark.full) for n in STACKS],
+)
 def test_gradients_are_those_of_the_plain_stack(name):
     grads, aux, largest = gradient(STACKS[name])
     expected, expected_aux, expected_largest = gradient(REFERENCE)
@@ -77,6 +81,7 @@ def test_gradients_are_those_of_the_plain_stack(name):
     assert relative_error(largest, expected_largest) < 1e-5
 
 
+@pytest.mark.control("alternatives have the plain stack's gradients")
 def test_other_dropout_masks_give_other_gradients():
     (grads, _, _), (expected, _, _) = gradient(TwoLevelStack, seed=2), gradient(REFERENCE)
     with pytest.raises(AssertionError, match="relative error"):
@@ -110,6 +115,7 @@ def states(make, depth):
     return plan.temp_size_in_bytes / (1024 * 8 * 4)
 
 
+@pytest.mark.full
 def test_memory_of_two_levels_grows_with_the_square_root():
     # K / S + S states: 8 at K = 16, 16 at K = 64
     grown = states(TwoLevelStack, 64) - states(TwoLevelStack, 16)
@@ -143,6 +149,7 @@ def test_offload_moves_the_state_to_the_host_and_back():
     assert placements(STACKS["remat"], "cuda") == []
 
 
+@pytest.mark.full
 def test_offload_is_remat_where_host_and_device_are_one():
     assert placements(OffloadStack, "cpu") == []
     if jax.default_backend() == "cpu":
