@@ -139,8 +139,9 @@ def main(argv):
     if given not in ((True, False, False), (False, True, True)):
         raise ValueError("expected --config=configs/x.py, or --all and --out=FOLDER")
     if _ALL.value:
-        changes = dict(setting.partition("=")[::2] for setting in _SET.value)
-        overrides = {field: _value(text) for field, text in changes.items()}
+        settings: list[str] = _SET.value or []
+        parted = (setting.partition("=") for setting in settings)
+        overrides = {field: _value(text) for field, _, text in parted}
         workdir = Path(_WORKDIR.value or "runs")
         failures = sweep_all(workdir, Path(_OUT.value), scale, overrides, command)
     else:

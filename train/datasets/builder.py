@@ -1,7 +1,7 @@
 """What the builders of our own data sets share."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """TFDS features by name."""
         raise NotImplementedError
 
-    def examples(self) -> dict[str, Iterable[tuple[Any, Example]]]:
+    def examples(self) -> Mapping[str, Iterable[tuple[Any, Example]]]:
         """(key, example) of every split. TFDS writes them in the order of a hash of their key."""
         raise NotImplementedError
 

@@ -60,8 +60,7 @@ def open_builder(name: str, data_dir: str = "") -> Any:
     options: dict[str, Any] = {"data_dir": data_dir or None}
     ours = BUNDLED.get(name) or LOCAL.get(name)
     try:
-        is_stock = ours is None or name in _STOCK
-        builder = tfds.builder(name, **options) if is_stock else ours(**options)
+        builder = ours(**options) if ours and name not in _STOCK else tfds.builder(name, **options)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
         if ours:
             raise _damaged(name, data_dir, error) from error

@@ -140,8 +140,11 @@ def _loop(
     state: State,
 ) -> tuple[State, dict[str, Any]]:
     """Dispatches the steps up to the next boundary at once, and reads metrics one dispatch late."""
-    batch = partial(program.batch, groups=train_groups)
-    log_train = partial(_log_train, log, config, checkpoints, batch)
+
+    def batch(seed: int, step: int) -> Any:
+        return program.batch(seed, step, train_groups)
+
+    log_train: Any = partial(_log_train, log, config, checkpoints, batch)
     step = start = int(state["step"])
     pending: Any = None
     metrics: dict[str, Any] = {}
