@@ -65,18 +65,20 @@ def checked(cls: _Class) -> _Class:
             return init(self, *args, **kwargs)
         except ValidationError as error:
             problems = error.errors(include_url=False)
-        prefix = f"{cls.group}." if cls.group else ""
-        raise ValueError("; ".join(_described(prefix, each) for each in problems))
+        raise ValueError("; ".join(_described(made, each) for each in problems))
 
     made.__init__ = __init__
     return made
 
 
-def _described(prefix: str, problem: Any) -> str:
+def _described(cls: Any, problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
-    name = prefix + ".".join(map(str, problem["loc"]))
+    field, *rest = problem["loc"]
+    if isinstance(field, int):  # an argument without a name
+        field = dataclasses.fields(cls)[field].name
+    name = ".".join(map(str, [*filter(None, [cls.group]), field, *rest]))
     if kind == "missing":
         return f"no field {name}"
     if kind == "unexpected_keyword_argument":
@@ -148,7 +150,6 @@ class PretrainedConfig(ModelConfig):
     dropout_rate: Share
 
     def check(self, config: "Config") -> None:
-        super().check(config)
         if not config.init_from:
             raise ValueError("model.name is 'pretrained', but there is no init_from to start from")
         if config.stack != "bdia":
@@ -156,6 +157,7 @@ class PretrainedConfig(ModelConfig):
                 f"init_from={config.init_from!r} with stack={config.stack!r}: a checkpoint is of "
                 "the standard transformer, whose network only stack='bdia' keeps"
             )
+        super().check(config)
 
 
 @checked

@@ -15,7 +15,7 @@ def test_digits_are_scikit_learns(data_dir):
     validation, _ = load_images("digits", "validation", data_dir)
     assert train.images.shape == (1438, 8, 8, 1) and validation.images.shape == (359, 8, 8, 1)
     assert train.images.dtype == jnp.uint8 and classes == 10
-    both = np.concatenate([train.tasks.images, validation.images]).reshape(-1, 64)
+    both = np.concatenate([train.images, validation.images]).reshape(-1, 64)
     pixels, labels = load_digits(return_X_y=True)
     expected = np.round(pixels * (255 / 16)).astype(np.uint8)
 
