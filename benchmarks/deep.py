@@ -29,7 +29,7 @@ from bdia_jax import memory_report
 from bdia_jax.nnx import BDIAStack
 from benchmarks import figure, memory, record, runs
 from benchmarks.digits import GPU, TOY, Size, beyond, digits_task, make_config, stack_to_audit
-from benchmarks.measure import audit_row, device_bytes, unless_too_large
+from benchmarks.measure import audit_row, device_bytes, size_in_bytes, unless_too_large
 from benchmarks.stack import LABELS, MIB, VARIANTS, Maker, color
 from train.config import Config
 from train.loop.program import Program, compile_steps, make_program
@@ -73,7 +73,7 @@ def plan(config: Config, make_stack: Maker, limit: int | None) -> dict[str, Any]
 
 def _planned(program: Program, train_steps: Any, limit: int | None) -> dict[str, Any]:
     report = memory_report(train_steps)
-    gradients = runs.size_in_bytes(runs.trained(program))
+    gradients = size_in_bytes(runs.trained(program))
     return {
         "temp_bytes": report.temporaries,
         "state_bytes": report.arguments,
@@ -131,8 +131,9 @@ def draw(results: dict[str, Any], size: Size, path: Path) -> None:
     )
     with figure.panels(path, title, (9.6, 3.2)) as (left, right):
         for name in (name for name in colors if name in results):
-            losses = _smooth(results[name]["loss"])
-            left.plot(range(1, len(losses) + 1), losses, color=colors[name], label=labels[name])
+            losses = results[name]["loss"]
+            means = [np.mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+            left.plot(range(1, len(losses) + 1), means, color=colors[name], label=labels[name])
         left.axhline(math.log(10), color="0.8", linewidth=1, zorder=0)
         left.set(xlabel="step", ylim=(0, None))
         figure.caption(left, "training loss, mean of 5 steps (line: chance)")
@@ -156,10 +157,6 @@ def _words(row: dict[str, Any]) -> str:
         return row["error"]
     words = f"{row['rest_bytes'] / MIB:,.1f} ({row['total_bytes'] / MIB:,.0f})"
     return words if row["fits"] else f"{words}, does not fit"
-
-
-def _smooth(losses: list[float]) -> list[float]:
-    return [float(np.mean(losses[max(0, i - 4) : i + 1])) for i in range(len(losses))]
 
 
 def main(argv: list[str]) -> dict:

@@ -1,6 +1,6 @@
 """One figure for many variants: a row for each, a panel a quantity, a dot a number."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -11,24 +11,17 @@ from benchmarks import figure
 from benchmarks.stack import LABELS, color
 
 
-def rounded(value: float) -> str:
-    """Three digits: 0.123, 12.3, 12,346."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 class Panel(NamedTuple):
     """A quantity of every variant.
 
     title: what it is, with its unit.
     values: by variant; None where there is no number.
     spans: (low, high) by variant, drawn as a line behind the dot.
-    text: how a number is written beside its dot.
     """
 
     title: str
     values: dict[str, float | None]
-    spans: Mapping[str, tuple[float, float]] = MappingProxyType({})
-    text: Callable[[float], str] = rounded
+    spans: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 
 def draw(title: str, panels: list[Panel], path: Path) -> None:
@@ -52,10 +45,15 @@ def _draw_panel(axis, panel: Panel, names: list[str]) -> None:
         span = panel.spans.get(name, (value, value))
         axis.plot(span, (y, y), color=color(name), linewidth=2, alpha=0.45)
         axis.plot(value, y, "o", color=color(name), markersize=6)
-        axis.annotate(panel.text(value), (max(value, span[1]), y), **figure.BESIDE)
+        axis.annotate(_rounded(value), (max(value, span[1]), y), **figure.BESIDE)
         right = max(right, value, span[1])
     axis.set_xlim(0, 1.3 * right or 1)  # room for the number
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     figure.caption(axis, panel.title)
+
+
+def _rounded(value: float) -> str:
+    """Three digits: 0.123, 12.3, 12,346."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

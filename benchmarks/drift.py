@@ -106,8 +106,7 @@ def enough(rows: list[dict]) -> int | None:
 
 def largest(found: list[int | None]) -> int | None:
     """What is enough in every case; None if something is not."""
-    numbers = [bits for bits in found if bits is not None]
-    return max(numbers) if len(numbers) == len(found) else None
+    return None if None in found else max(bits for bits in found if bits is not None)
 
 
 COLUMNS = ("guard_bits", "exact", "mismatches", "elements", "corrections", "max_drift")

@@ -22,7 +22,7 @@ from flax import nnx
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 from benchmarks import record
-from benchmarks.measure import temp_bytes
+from benchmarks.measure import size_in_bytes, temp_bytes
 from benchmarks.stack import MIB, TOY, VARIANTS, Maker, Shape, lower_gradient
 
 MEDIUM = Shape(batch=8, tokens=1024, width=1024, num_heads=16, mlp_dim=4096)
@@ -113,12 +113,6 @@ def measure(
     return results
 
 
-def parameter_bytes(shape: Shape, depth: int, vocab_size: int) -> int:
-    """Of the whole model; its gradients are as large."""
-    _, gradients = lower_model(shape, depth, vocab_size, VARIANTS["remat"]).out_info
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(gradients))
-
-
 def main(argv: list[str]) -> dict:
     """Measures and records."""
     args = record.parse(record.parser(__doc__), argv)
@@ -129,11 +123,12 @@ def main(argv: list[str]) -> dict:
     if not args.toy:
         makers |= MORE
     results = measure(shape, depth, vocab_size, makers)
+    _, gradients = lower_model(shape, depth, vocab_size, VARIANTS["remat"]).out_info
     config = {
         "shape": shape,
         "depth": depth,
         "vocab_size": vocab_size,
-        "parameter_bytes": parameter_bytes(shape, depth, vocab_size),
+        "parameter_bytes": size_in_bytes(gradients),
         "excluded": "arguments (parameters, tokens) and outputs (gradients)",
     }
     record.write("gpt2_memory", results, config, argv=argv, args=args)

@@ -30,7 +30,6 @@ UNITS = {"batch": 4, "tokens": 64}  # multiples that variants in parts can cut
 # by default; each of the others needs nearly the memory of one of these
 NAMES = ["plain", "remat", "remat_sqrt", "offload", "revnet", "midpoint"]
 NAMES += ["bdia_guard1", "bdia_chunked", "bdia_lean"]
-TITLES = {"batch": "largest batch", "tokens": "longest sequence"}
 
 
 def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
@@ -112,12 +111,12 @@ def measure(
 def draw(results: dict, shape: Shape, depth: int, budget: float, path: Path) -> None:
     """Both limits of every variant and its throughput there."""
     panels = []
-    fixed = {"batch": f"T={shape.tokens}", "tokens": f"B={shape.batch}"}
+    titles = {"batch": f"largest batch (T={shape.tokens})"}
+    titles["tokens"] = f"longest sequence (B={shape.batch})"
     for axis, rows in results.items():
         sizes = {name: float(row["size"]) or None for name, row in rows.items()}
         speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
-        title = f"{TITLES[axis]} ({fixed[axis]})"
-        panels += [dots.Panel(title, sizes), dots.Panel("tokens/s there", speeds)]
+        panels += [dots.Panel(titles[axis], sizes), dots.Panel("tokens/s there", speeds)]
     title = (
         f"One training step of {depth} transformer blocks, {shape.dtype}, D={shape.width}, "
         f"in {budget / 2**30:.3g} GiB, on {record.device_name()}"
@@ -132,25 +131,16 @@ def main(argv: list[str]) -> dict:
     args = record.parse(add_variants(options), argv)
     shape, depth = (TOY, 2) if args.toy else (GPU, 24) if args.gpu else (CPU, 32)
     units = {axis: min(unit, getattr(shape, axis)) for axis, unit in UNITS.items()}
-    budget = 2.0**30 * args.budget_gib if args.budget_gib else _default_budget(args.toy)
+    # in the toy's the size it starts from fits, twice it does not
+    budget = 4.5 * MIB if args.toy else 0.95 * (device_bytes() or 0) or 2.0**30 / 4
+    budget = 2.0**30 * args.budget_gib if args.budget_gib else budget
     names = ["remat"] if args.toy else [n for n in NAMES if n in variants()]
     makers = variants(args.variants or names)
     results = measure(shape, depth, makers, budget, units)
-    config = {
-        "shape": shape,
-        "depth": depth,
-        "budget_bytes": int(budget),
-        "units": units,
-    }
+    config = {"shape": shape, "depth": depth, "budget_bytes": int(budget), "units": units}
     path = record.write("limits", results, config, argv=argv, args=args)
     draw(results, shape, depth, budget, path.with_suffix(".png"))
     return results
-
-
-def _default_budget(toy: bool) -> float:
-    if toy:
-        return 4.5 * MIB  # the size it starts from fits, twice it does not
-    return 0.95 * (device_bytes() or 0) or 2.0**30 / 4
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from benchmarks import figure
 from benchmarks.stack import color
@@ -50,9 +50,8 @@ def _draw_panel(axis, panel: Panel) -> list:
     sizes = sorted({size for values in panel.lines.values() for size in values})
     axis.set(xscale="log", yscale="log", xlabel=panel.xlabel)
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(numticks=10))
-    axis.yaxis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     figure.caption(axis, panel.title)
     return texts

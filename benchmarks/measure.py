@@ -42,6 +42,11 @@ def temp_bytes(lowered: jax.stages.Lowered) -> int | None:
     return report.temporaries
 
 
+def size_in_bytes(tree: Any) -> int:
+    """Of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 # --- exactness ---------------------------------------------------------------------------
 
 
@@ -98,8 +103,3 @@ def in_turns(steppers: dict[str, Stepper], rounds: int, steps: int) -> dict[str,
         for name, stepper in steppers.items():
             seconds[name].append(stepper.seconds(steps))
     return seconds
-
-
-def ratios(ours: list[float], theirs: list[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(ours, theirs, strict=True)]

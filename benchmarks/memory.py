@@ -79,14 +79,10 @@ def draw(results: dict, shape: Shape, length_shape: Shape, length_depth: int, pa
     by_depth = _in_mib(results["variants"])
     labels = {name: _with_slope(name, results["variants"][name]) for name in by_depth}
     by_length = _in_mib(results["by_length"])
+    fixed = f"B={shape.batch} T={shape.tokens}", f"B={length_shape.batch} K={length_depth}"
     panels = [
-        lines.Panel(f"B={shape.batch} T={shape.tokens}", "depth K (blocks)", by_depth, labels),
-        lines.Panel(
-            f"B={length_shape.batch} K={length_depth}",
-            "sequence length T (tokens)",
-            by_length,
-            {name: LABELS[name] for name in by_length},
-        ),
+        lines.Panel(fixed[0], "depth K (blocks)", by_depth, labels),
+        lines.Panel(fixed[1], "sequence length T (tokens)", by_length, LABELS),
     ]
     title = (
         f"One training gradient of K transformer blocks, {shape.dtype}, D={shape.width}, "

@@ -184,27 +184,19 @@ def main(argv: list[str]) -> dict:
     for name, mesh, gigabytes in PLANNED[: 1 if args.toy else None]:
         row = plan_llama(name, mesh, gigabytes)
         results["planned"].append(row)
-        print(planned_line(row), flush=True)
+        print(_line(row), flush=True)
     config = {"meshes": meshes, "axes": AXES, "llamas": LLAMAS, "safe_share": _SAFE, **sizes}
     record.write("plan", results, config, argv=argv, args=args)
     return results
 
 
-def planned_line(row: dict[str, Any]) -> str:
-    """A row of the README's table."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
-    rev, remat = row["reversible"], row["remat"]
-    cells = [row["model"], f"{row['devices']} x {row['gigabytes']} GB, {mesh}"]
-    cells.append(_gb(rev["state"]))
-    cells.append(f"{_gb(remat['kept'])} / {_gb(rev['kept'])}")
-    cells.append(f"{_gb(remat['block'])} / {_gb(rev['block'])}")
-    cells.append(f"{_gb(remat['total'])} / {_gb(rev['total'])}")
-    cells.append(f"{remat['sequences_that_fit']} / {rev['sequences_that_fit']}")
-    return f"| {' | '.join(cells)} |"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f}"
+def _line(row: dict[str, Any]) -> str:
+    total, fit = (
+        " / ".join(f"{row[backprop][key] / unit:.4g}" for backprop in COMPARED)
+        for key, unit in (("total", 1e9), ("sequences_that_fit", 1))
+    )
+    where = f"{row['devices']} x {row['gigabytes']} GB, {row['mesh']}"
+    return f"{row['model']} on {where}: {total} GB, {fit} sequences ({' / '.join(COMPARED)})"
 
 
 if __name__ == "__main__":

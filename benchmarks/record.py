@@ -59,8 +59,10 @@ def write(
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stem(name)}.json"
     flags = os.environ.get("XLA_FLAGS", "").split()
+    pairs = zip(["", *argv], argv, strict=False)  # (the word before, word)
+    words = [w for before, w in pairs if "--out" not in (before, w) and not w.startswith("--out=")]
     document = {
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *_without_out(argv)]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *words]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "xla_flags": [flag for flag in flags if "/" not in flag],  # no folders
         "device": _device(),
@@ -82,15 +84,6 @@ def device_name() -> str:
     """The GPU's name, or the CPU's model, as a figure says it."""
     device = _device()
     return device["cpu_model"] if device["platform"] == "cpu" else device["kind"]
-
-
-def _without_out(argv: list[str]) -> list[str]:
-    kept, skip = [], False
-    for word in argv:
-        if not skip and word != "--out" and not word.startswith("--out="):
-            kept.append(word)
-        skip = word == "--out"
-    return kept
 
 
 def _device() -> dict[str, Any]:

@@ -30,11 +30,6 @@ def trained(program: Program) -> list[Any]:
     return jax.tree.leaves(jax.eval_shape(program.init)["params"])
 
 
-def size_in_bytes(leaves: list[Any]) -> int:
-    """Of arrays, or of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
 def table(
     rows: Rows, measure: Callable[[str, dict[str, Any]], dict], line: Callable[[str, dict], str]
 ) -> dict[str, dict]:

@@ -42,15 +42,7 @@ from bdia_jax.scan import prepare
 from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding
 from benchmarks import record
 from benchmarks.faults import unpinned
-from benchmarks.soak_settings import (
-    CONTROLS,
-    OFF_BY,
-    SCALES,
-    SETTINGS,
-    Setting,
-    make_stack,
-    toy,
-)
+from benchmarks.soak_settings import CONTROLS, OFF_BY, SCALES, SETTINGS, Setting, make_stack, toy
 
 UNPROBED_EVERY = 4
 

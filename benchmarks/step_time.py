@@ -18,7 +18,7 @@ from flax import nnx
 from bdia_jax import memory_report
 from benchmarks import dots, record, stack
 from benchmarks.flops import model_flops, peak_flops
-from benchmarks.measure import Stepper, in_turns, ratios, unless_too_large
+from benchmarks.measure import Stepper, in_turns, unless_too_large
 from benchmarks.stack import MIB, Maker, Shape
 
 TOY_NAMES = ["remat", "bdia_guard1"]
@@ -59,8 +59,9 @@ def measure(
         row["temp_bytes"] = memory_report(steppers[name].step).temporaries
         for base in ("plain", "remat"):
             if base in seconds:
-                row[f"ratios_to_{base}"] = ratios(values, seconds[base])
-                row[f"ratio_to_{base}"] = statistics.median(row[f"ratios_to_{base}"])
+                ratios = [a / b for a, b in zip(values, seconds[base], strict=True)]
+                row[f"ratios_to_{base}"] = ratios
+                row[f"ratio_to_{base}"] = statistics.median(ratios)
         rows[name] = row
         print(_line(name, row), flush=True)
     return rows
@@ -88,10 +89,11 @@ def draw(rows: dict[str, dict | None], shape: Shape, depth: int, path: Path) -> 
 
     base = next((base for base in ("plain", "remat") if rows.get(base)), None)
     if base:
-        spans = {n: _quartiles(row[f"ratios_to_{base}"]) for n, row in rows.items() if row}
+        found = {name: row[f"ratios_to_{base}"] for name, row in rows.items() if row}
+        spans = {name: statistics.quantiles(values, n=4)[::2] for name, values in found.items()}
         time_panel = dots.Panel(f"time of a step, x {base}", column(f"ratio_to_{base}"), spans)
     else:
-        spans = {name: tuple(row["quartiles"]) for name, row in rows.items() if row}
+        spans = {name: row["quartiles"] for name, row in rows.items() if row}
         time_panel = dots.Panel("seconds a step", column("median"), spans)
     panels = [
         time_panel,
@@ -104,11 +106,6 @@ def draw(rows: dict[str, dict | None], shape: Shape, depth: int, path: Path) -> 
         f"T={shape.tokens} D={shape.width}, on {record.device_name()}"
     )
     dots.draw(title, panels, path)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
 
 
 def main(argv: list[str]) -> dict:

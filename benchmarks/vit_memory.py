@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmarks import record, runs
+from benchmarks.measure import size_in_bytes
 from benchmarks.stack import MIB
 from configs import common, vit_cifar10
 from train.config import Config
@@ -45,7 +46,7 @@ def measure(run: str, changes: dict) -> dict[str, int]:
     batch = config.batch_size
     images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
     sizes, trained = runs.step_bytes(config, make_task(config, images, images, num_classes=10))
-    parameters, side = runs.size_in_bytes(trained), side_bytes(config)
+    parameters, side = size_in_bytes(trained), side_bytes(config)
     return sizes | {
         "parameter_bytes": parameters,
         "optimizer_bytes": sizes["state_bytes"] - parameters,

@@ -94,8 +94,8 @@ def test_toy_numbers_cannot_replace_the_committed_ones(name, capsys):
 
 
 @pytest.mark.full
-@pytest.mark.claim("measured memory grows by the packed bits")
-@pytest.mark.control("measured memory grows by the packed bits")
+@pytest.mark.claim("an added block costs its packed bits")
+@pytest.mark.control("an added block costs its packed bits")
 def test_reversible_memory_grows_by_the_packed_bits_only(toy):
     rows = toy("memory")["results"]["variants"]
     bdia = rows["bdia_guard1"]
@@ -263,8 +263,8 @@ def test_scale_makes_h_larger_and_only_one_case_rounds_it():
 
 
 @pytest.mark.full
-@pytest.mark.claim("a guard bit bears a drift that the parity bit does not")
-@pytest.mark.control("a guard bit bears a drift that the parity bit does not")
+@pytest.mark.claim("the guard absorbs a drift below its bound")
+@pytest.mark.control("the guard absorbs a drift below its bound")
 @pytest.mark.control("a deep stack is rebuilt exactly")
 def test_rebuild_errors_where_the_second_evaluation_is_off(toy):
     rows = toy("rebuild_error")["results"]["off"]
