@@ -12,8 +12,8 @@ FILE:KEY/KEY; HOW; HOW:
 
 FILE is a .json in the folder, a .csv there (its first key is a run), or one of `VIEWS`, where rows
 have to be added up or named. A key with * is a pattern, and makes a list of what follows. Each HOW
-is one of the dict `HOW`, or a format of Python's. A reference that begins with "?" may lead nowhere;
-it is nothing then.
+is one of the dict `HOW`, or a format of Python's. If a reference begins with "?" and leads nowhere,
+nothing is written.
 """
 
 import argparse
@@ -138,13 +138,13 @@ class Results:
         file, _, keys = place.removeprefix("?").partition(":")
         try:
             value = _field(self._load(file), keys.split("/"))
+            for how in hows:
+                spec, _, unit = how.partition(" ")
+                value = HOW[how](value) if how in HOW else f"{value:{spec}} {unit}".rstrip()
         except (OSError, LookupError, TypeError, ValueError) as error:
             if place.startswith("?"):
                 return ""
             raise ValueError(f"{reference}: {type(error).__name__} {error}") from error
-        for how in hows:
-            spec, _, unit = how.partition(" ")
-            value = HOW[how](value) if how in HOW else f"{value:{spec}} {unit}".rstrip()
         return str(value)
 
     def table(self, name: str) -> str:
@@ -172,6 +172,8 @@ class Results:
         found = [*TABLE.finditer(text), *NUMBER.finditer(text)]
         if 2 * len(found) != len(_MARKER.findall(text)):
             raise ValueError("a marker of a table or a number lacks its other half")
+        if at_start := re.search(r"^ *<!--n .*", text, re.MULTILINE):
+            raise ValueError(f"{at_start[0]}: at the start of a line it would end the paragraph")
         for match in TABLE.finditer(text):
             if match[2] not in TABLES:
                 raise ValueError(f"no table {match[2]}; tables.toml has {', '.join(TABLES)}")

@@ -1,4 +1,4 @@
-"""Brings what a page links to from outside docs/ into the site, so that links are those of a checkout.
+"""Brings what pages link to outside docs/ into the site: their links are those of a checkout.
 
 `../benchmarks/results/memory.png` becomes a file of the site, `../bdia_jax/scan.py` a page with its
 source. A link that leads nowhere is left as it is, and `mkdocs build --strict` refuses it.
@@ -12,6 +12,16 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"\]\(\.\./([^)#\s]+)")
 _PICTURES = (".png", ".svg")
+_SOURCE = """---
+search:
+  exclude: true
+---
+# {name}
+
+`````{kind}
+{text}
+`````
+"""
 
 
 def on_files(files, config):
@@ -24,7 +34,7 @@ def on_files(files, config):
             files.append(File.generated(config, _place(name), abs_src_path=str(path)))
         elif path.is_file():
             kind = path.suffix.removeprefix(".") or "text"
-            text = f"---\nsearch:\n  exclude: true\n---\n# {name}\n\n`````{kind}\n{path.read_text()}\n`````\n"
+            text = _SOURCE.format(name=name, kind=kind, text=path.read_text("utf-8"))
             files.append(File.generated(config, _place(name), content=text))
     return files
 
