@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.models.blocks import CrossAttention
+from bdia_jax.models.attention import CrossAttention
 
 
 class LoRALinear(nnx.Linear):

@@ -46,8 +46,8 @@ LAST = 5  # points whose mean is the final training loss
 class PlainBlock(PreNormBlock):
     """The block as plain Flax layers would have it: all of it in the dtype of its input."""
 
-    def __call__(self, x, mask=None):
-        f = self.f(x, mask).astype(x.dtype)
+    def __call__(self, x, *consts):
+        f = self.f(x, *consts).astype(x.dtype)
         return f + self.g(x + f).astype(x.dtype)
 
 

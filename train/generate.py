@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax.models.transformer import Transformer
-from bdia_jax.text.generate import generate, generate_beam, translate
+from bdia_jax.text.generate import generate, generate_beam
+from bdia_jax.text.translate import translate
 from train.cli import parse_args, told
 from train.data.tokens import EOS, PAD, Tokenizer, open_tokenizer
 from train.inference.open_run import open_run

@@ -95,14 +95,12 @@ def float_scan(
     """
     if backprop not in ("reversible", "store"):
         raise ValueError(f"backprop is {backprop!r}, expected one of reversible, store")
-    call = _prepare(
-        block_fns, params, x_prev, x, coefficients, consts, has_aux, backprop == "reversible"
-    )
+    call = _prepare(block_fns, params, (x_prev, x), coefficients, consts, has_aux, backprop)
     if backprop == "reversible":
-        result: Any = _reversible(call.blocks, *call.operands)
+        result: Any = _reversible(call.blocks, call.operands)
         states, aux = result
     else:
-        states, (aux, _) = _forward(call.blocks, *call.operands)
+        states, (aux, _) = _forward(call.blocks, call.operands)
     if not has_aux:
         return states
     return states, tuple(merge(*a) for merge, a in zip(call.merge_aux, aux, strict=True))
@@ -129,53 +127,65 @@ def rebuild_errors(
         backward pass evaluates block k. The last of all states is kept, so with one
         function per block the last entry is 0.
     """
-    call = _prepare(block_fns, params, x_prev, x, coefficients, consts, has_aux, True)
+    call = _prepare(block_fns, params, (x_prev, x), coefficients, consts, has_aux, "reversible")
 
     @jax.jit
-    def measure(params, states, coefficients, consts):
-        last, (aux, kept) = _forward(
-            call.blocks, params, states, coefficients, consts, keep_states=True
-        )
+    def measure(operands):
+        last, (aux, kept) = _forward(call.blocks, operands, keep_states=True)
         ct_aux = [jax.tree.map(jnp.ones_like, a.diff) for a in aux]
         # the gradients of |x_S|^2 / 2 are returned lest they be optimized away
         ct_states = jnp.zeros_like(last[0]), last[1]
-        return _reverse(call.blocks, params, last, coefficients, consts, ct_states, ct_aux, kept)
+        return _reverse(call.blocks, operands._replace(states=last), ct_states, ct_aux, kept)
 
-    _, errors = measure(*call.operands)
+    _, errors = measure(call.operands)
     return errors
 
 
+class _Operands(NamedTuple):
+    """What is traced. states: two of them, float32; coefficients: [K, functions, B or 1] each."""
+
+    params: Leaves
+    states: tuple[Any, Any]
+    coefficients: Coefficients
+    consts: Leaves
+
+
 class _Call(NamedTuple):
+    """blocks: the functions of one block; merge_aux: what puts the leaves of their aux together."""
+
     blocks: tuple[LeafFn, ...]
     merge_aux: tuple[Callable[[list, list], PyTree], ...]
-    operands: tuple
+    operands: _Operands
 
 
-def _prepare(
-    block_fns, params, x_prev, x, coefficients, consts, has_aux, must_be_reversible
-) -> _Call:
+def _prepare(block_fns, params, states, coefficients, consts, has_aux, backprop) -> _Call:
     """Checks everything, and separates what is differentiated from what is not."""
     if not block_fns:
         raise ValueError("block_fns is empty, expected at least one function")
     params = _checks.as_arrays(params, "params")
     consts = _checks.as_arrays(consts, "consts")
-    x_prev, x = _checks.check_x0(x_prev), _checks.check_x0(x)
+    x_prev, x = map(_checks.check_x0, states)
     if x_prev.shape != x.shape:
         raise ValueError(f"x_prev has shape {x_prev.shape} and x {x.shape}; they must be equal")
     depth = _checks.check_depth(params)
-    coefficients = _check_coefficients(
-        coefficients, depth, len(block_fns), x.shape[0], must_be_reversible
-    )
+    _check_coefficients(coefficients, depth, len(block_fns), x.shape[0], backprop)
+
+    def by_block(given):
+        given = jax.lax.stop_gradient(jnp.asarray(given, jnp.float32))
+        return given.reshape(depth, len(block_fns), given.shape[1])
+
     prepared = [over_leaves(fn, params, x, consts, has_aux) for fn in block_fns]
     blocks, aux_shapes = zip(*prepared, strict=True)
-    merge_aux = tuple(partition(shape)[1] for shape in aux_shapes)
-    states = (x_prev.astype(jnp.float32), x.astype(jnp.float32))
-    operands = (partition(params)[0], states, coefficients, partition(consts)[0])
-    return _Call(blocks, merge_aux, operands)
+    operands = _Operands(
+        params=partition(params)[0],
+        states=(x_prev.astype(jnp.float32), x.astype(jnp.float32)),
+        coefficients=Coefficients(*map(by_block, coefficients)),
+        consts=partition(consts)[0],
+    )
+    return _Call(blocks, tuple(partition(shape)[1] for shape in aux_shapes), operands)
 
 
-def _check_coefficients(coefficients, depth, functions, batch, must_be_reversible):
-    """float32 [K, functions, B or 1] each."""
+def _check_coefficients(coefficients, depth, functions, batch, backprop) -> None:
     steps = depth * functions
     for name, given in zip("abc", coefficients, strict=True):
         if given.ndim != 2 or given.shape[0] != steps or given.shape[1] not in (1, batch):
@@ -184,70 +194,75 @@ def _check_coefficients(coefficients, depth, functions, batch, must_be_reversibl
                 f"[{steps}, 1]: one row for each of {functions} function(s) of {depth} block(s)"
             )
     a = coefficients[0]
-    if must_be_reversible and not isinstance(a, Tracer) and not np.all(a[1:]):
+    if backprop == "reversible" and not isinstance(a, Tracer) and not np.all(a[1:]):
         raise ValueError(
             f"coefficient a is 0 in step {1 + int(np.argwhere(a[1:] == 0)[0, 0])}, so that step "
             "cannot be undone; only the first may have a = 0, or use backprop='store'"
         )
 
-    def by_block(given):
-        given = jax.lax.stop_gradient(jnp.asarray(given, jnp.float32))
-        return given.reshape(depth, functions, given.shape[1])
-
-    return Coefficients(*map(by_block, coefficients))
-
 
 # --- forward, and the way back -------------------------------------------------------
 
 
+def _step(x_prev, x, h, at: Coefficients):
+    """x_{k+1}."""
+    return at.a * x_prev + at.b * x + at.c * h
+
+
+def _inverse_step(x_next, x, h, at: Coefficients):
+    """x_{k-1}, up to rounding errors, of which a small a_k makes large ones."""
+    return (x_next - at.b * x - at.c * h) / at.a
+
+
+def _of_step(coefficients: Coefficients, i: int, x: jax.Array) -> Coefficients:
+    """Of the i-th function of a block, to multiply x."""
+    return Coefficients(*(per_element(each[i], x) for each in coefficients))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reversible(blocks, params: Leaves, states, coefficients, consts: Leaves):
-    states, (aux, _) = _forward(blocks, params, states, coefficients, consts)
+def _reversible(blocks, operands: _Operands):
+    states, (aux, _) = _forward(blocks, operands)
     return states, aux
 
 
-def _forward(blocks, params: Leaves, states, coefficients, consts: Leaves, keep_states=False):
+def _forward(blocks, operands: _Operands, keep_states=False):
     """((x_{S-1}, x_S), (aux of every function [K, ...], every x_k if they are kept))."""
 
-    def body(carry, block_inputs):
-        x_prev, x = carry
+    def body(states, block_inputs):
+        x_prev, x = states
         params_k, coefficients_k = block_inputs
         auxes, kept = [], []
         for i, block in enumerate(blocks):
-            a, b, c = (per_element(y[i], x) for y in coefficients_k)
-            h, aux = block(params_k, x, consts)
+            h, aux = block(params_k, x, operands.consts)
             auxes.append(aux)
             kept.append(x)
-            x_prev, x = x, a * x_prev + b * x + c * h
+            x_prev, x = x, _step(x_prev, x, h, _of_step(coefficients_k, i, x))
         return (x_prev, x), (auxes, kept if keep_states else None)
 
-    return jax.lax.scan(body, states, (params, coefficients))
+    return jax.lax.scan(body, operands.states, (operands.params, operands.coefficients))
 
 
-def _reversible_fwd(blocks, params, states, coefficients, consts):
-    states, (aux, _) = _forward(blocks, params, states, coefficients, consts)
-    return (states, aux), (params, states, coefficients, consts)
+def _reversible_fwd(blocks, operands: _Operands):
+    states, (aux, _) = _forward(blocks, operands)
+    return (states, aux), operands._replace(states=states)
 
 
-def _reversible_bwd(blocks, residuals, cotangents):
+def _reversible_bwd(blocks, last: _Operands, cotangents):
     ct_states, ct_aux = cotangents
-    params, states, coefficients, consts = residuals
-    ct_aux = [aux.diff for aux in ct_aux]
-    (ct_params, ct_states, ct_consts), _ = _reverse(
-        blocks, params, states, coefficients, consts, ct_states, ct_aux
-    )
-    return Leaves(ct_params, None), ct_states, None, Leaves(ct_consts, None)
+    ct, _ = _reverse(blocks, last, ct_states, [aux.diff for aux in ct_aux])
+    return (ct,)
 
 
-def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, kept=None):
-    """Rebuilds every state in floating point and accumulates cotangents on the way.
+def _reverse(blocks, last: _Operands, ct_states, ct_aux, kept=None):
+    """Rebuilds every state from the last two, and accumulates cotangents on the way.
 
     With u the cotangent of x_{k+1}: x_{k-1} gets a_k u; x_k gets b_k u + J_h^T c_k u;
     params_k and consts get their vjp under c_k u. `kept` are the forward's states x_k; with
     them the largest error of each block comes back [K].
     """
+    params, states, coefficients, consts = last
     # a_0 may be 0, and x_{-1} is not needed
-    divisors = coefficients.a.at[0, 0].set(1.0)
+    divisors = coefficients._replace(a=coefficients.a.at[0, 0].set(1.0))
 
     def body(carry, block_inputs):
         x, x_next, u_here, u, ct_consts = carry
@@ -260,14 +275,14 @@ def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, ke
                 h, aux = block(Leaves(diff, params_k.data), x, Leaves(diff_consts, consts.data))
                 return h, aux.diff
 
-            a, b, c = (per_element(y[i], x) for y in coefficients_k)
+            at = _of_step(coefficients_k, i, x)
             (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
-            x_prev = (x_next - b * x - c * h) / per_element(divisors_k[i], x)
+            x_prev = _inverse_step(x_next, x, h, _of_step(divisors_k, i, x))
 
             if kept_k is not None:
                 errors.append(jnp.max(jnp.abs(x - kept_k[i])))
-            ct_params_i, ct_x_block, ct_consts_i = block_vjp((c * u, ct_aux_k[i]))
-            u_here, u = a * u, u_here + b * u + ct_x_block
+            ct_params_i, ct_x_block, ct_consts_i = block_vjp((at.c * u, ct_aux_k[i]))
+            u_here, u = at.a * u, u_here + at.b * u + ct_x_block
             ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
             ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_i)
             x, x_next = x_prev, x
@@ -278,7 +293,8 @@ def _reverse(blocks, params, states, coefficients, consts, ct_states, ct_aux, ke
     (*_, ct_x_prev, ct_x, ct_consts), (ct_params, errors) = jax.lax.scan(
         body, init, (params, coefficients, divisors, ct_aux, kept), reverse=True
     )
-    return (ct_params, (ct_x_prev, ct_x), ct_consts), errors
+    ct = _Operands(Leaves(ct_params, None), (ct_x_prev, ct_x), None, Leaves(ct_consts, None))
+    return ct, errors
 
 
 _reversible.defvjp(_reversible_fwd, _reversible_bwd)

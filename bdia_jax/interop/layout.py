@@ -108,10 +108,14 @@ def norm(path: str, name: str, bias: bool = True) -> tuple[Entry, ...]:
     return entries + (tensor(f"{path}.bias", f"{name}.bias") if bias else ())
 
 
-def param_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Dotted path -> shape of all parameters of a model, which may be abstract."""
-    flat = nnx.state(model, nnx.Param).flat_state()
-    return {".".join(map(str, path)): variable.shape for path, variable in flat}
+def params_of(model: Any) -> dict[str, nnx.Param]:
+    """Dotted path -> parameter of a model, which may be abstract."""
+    return {dotted(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """("stack", "blocks") -> "stack.blocks"."""
+    return ".".join(map(str, path))
 
 
 def check_settings(config: Mapping[str, Any], implemented: Mapping[str, tuple[Any, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
 from bdia_jax.models.llama import Llama
@@ -59,10 +59,11 @@ def config(model: Llama, source: Mapping[str, Any]) -> dict[str, Any]:
     RoPE is written twice, for transformers from 5 on and for whatever reads the older names.
     """
     blocks: Any = model.stack.blocks
-    attention = blocks.attention
-    model_type = _model_type(model, source.get("model_type"))
-    window, scaling = attention.sliding_window, attention.rope_scaling
-    scaling = None if scaling is None else _without_none(dataclasses.asdict(scaling))
+    attention, traits = blocks.attention, _traits(model)
+    model_type = _model_type(traits, source.get("model_type"))
+    scaling = attention.rope_scaling
+    if scaling is not None:
+        scaling = {name: v for name, v in dataclasses.asdict(scaling).items() if v is not None}
     vocab_size, width = model.embedding.shape
     written = {
         "model_type": model_type,
@@ -85,14 +86,14 @@ def config(model: Llama, source: Mapping[str, Any]) -> dict[str, Any]:
         | (scaling or {}),
     }
     if model_type in ("llama", "qwen3"):
-        written["attention_bias"] = attention.query.bias is not None
+        written["attention_bias"] = traits.qkv_bias
     if model_type == "llama":
-        written["mlp_bias"] = blocks.mlp.out.bias is not None
+        written["mlp_bias"] = traits.mlp_bias
         written["pretraining_tp"] = 1
     else:
-        written["sliding_window"] = window
+        written["sliding_window"] = traits.sliding_window
     if model_type.startswith("qwen"):
-        is_sliding, depth = window is not None, model.stack.depth
+        is_sliding, depth = traits.sliding_window is not None, model.stack.depth
         written["use_sliding_window"] = is_sliding
         written["max_window_layers"] = 0 if is_sliding else source.get("max_window_layers", depth)
         written["layer_types"] = [_SLIDING if is_sliding else _FULL] * depth
@@ -103,28 +104,22 @@ def config(model: Llama, source: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(model: Llama) -> Table:
     """All tensors of a LlamaForCausalLM, and of the others."""
-    blocks: Any = model.stack.blocks
-    attention, has_mlp_bias = blocks.attention, blocks.mlp.out.bias is not None
-    has_bias = attention.query.bias is not None
+    traits = _traits(model)
     layer, ours = "model.layers.{}", "stack.blocks"
     entries = (
         *tensor("embedding", "model.embed_tokens.weight"),
         *norm(f"{ours}.attention_norm", f"{layer}.input_layernorm", bias=False),
-        *linear(f"{ours}.attention.query", f"{layer}.self_attn.q_proj", bias=has_bias),
-        *linear(f"{ours}.attention.key", f"{layer}.self_attn.k_proj", bias=has_bias),
-        *linear(f"{ours}.attention.value", f"{layer}.self_attn.v_proj", bias=has_bias),
-        *linear(
-            f"{ours}.attention.out",
-            f"{layer}.self_attn.o_proj",
-            bias=attention.out.bias is not None,
-        ),
+        *linear(f"{ours}.attention.query", f"{layer}.self_attn.q_proj", bias=traits.qkv_bias),
+        *linear(f"{ours}.attention.key", f"{layer}.self_attn.k_proj", bias=traits.qkv_bias),
+        *linear(f"{ours}.attention.value", f"{layer}.self_attn.v_proj", bias=traits.qkv_bias),
+        *linear(f"{ours}.attention.out", f"{layer}.self_attn.o_proj", bias=traits.out_bias),
         *norm(f"{ours}.mlp_norm", f"{layer}.post_attention_layernorm", bias=False),
-        *linear(f"{ours}.mlp.gate", f"{layer}.mlp.gate_proj", bias=has_mlp_bias),
-        *linear(f"{ours}.mlp.up", f"{layer}.mlp.up_proj", bias=has_mlp_bias),
-        *linear(f"{ours}.mlp.out", f"{layer}.mlp.down_proj", bias=has_mlp_bias),
+        *linear(f"{ours}.mlp.gate", f"{layer}.mlp.gate_proj", bias=traits.mlp_bias),
+        *linear(f"{ours}.mlp.up", f"{layer}.mlp.up_proj", bias=traits.mlp_bias),
+        *linear(f"{ours}.mlp.out", f"{layer}.mlp.down_proj", bias=traits.mlp_bias),
         *norm("norm", "model.norm", bias=False),
     )
-    if attention.q_norm is not None:
+    if traits.qk_norm:
         entries += norm(f"{ours}.attention.q_norm", f"{layer}.self_attn.q_norm", bias=False)
         entries += norm(f"{ours}.attention.k_norm", f"{layer}.self_attn.k_norm", bias=False)
     head, tied = "lm_head.weight", {}
@@ -188,39 +183,42 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return None if kinds == {_FULL} else window
 
 
-def _model_type(model: Llama, wanted: str | None) -> str:
+class _Traits(NamedTuple):
+    """What the model_types differ in."""
+
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+
+
+def _traits(model: Llama) -> _Traits:
+    blocks: Any = model.stack.blocks
+    attention, mlp = blocks.attention, blocks.mlp
+    has_bias = (linear.bias is not None for linear in (attention.query, attention.out, mlp.out))
+    return _Traits(*has_bias, attention.q_norm is not None, attention.sliding_window)
+
+
+def _model_type(traits: _Traits, wanted: str | None) -> str:
     """The model_type that says all a model is; `wanted` if that does.
 
     Raises:
         ValueError: none does.
     """
-    blocks: Any = model.stack.blocks
-    attention = blocks.attention
-    has_mlp_bias = blocks.mlp.out.bias is not None
-    has_window = attention.sliding_window is not None
-    biases = (attention.query.bias is not None, attention.out.bias is not None)
-    qk_norm = attention.q_norm is not None
-    both, same = ((False, False), (True, True)), not qk_norm
+    biases = traits.qkv_bias, traits.out_bias
+    all_or_none = biases in ((False, False), (True, True))
+    plain, plain_mlp = not traits.qk_norm, not traits.mlp_bias
     fits = {
-        "llama": same and biases in both and not has_window,
-        "mistral": same and biases == (False, False) and not has_mlp_bias,
-        "qwen2": same and biases == (True, False) and not has_mlp_bias,
-        "qwen3": qk_norm and biases in both and not has_mlp_bias,
+        "llama": plain and all_or_none and traits.sliding_window is None,
+        "mistral": plain and biases == (False, False) and plain_mlp,
+        "qwen2": plain and biases == (True, False) and plain_mlp,
+        "qwen3": traits.qk_norm and all_or_none and plain_mlp,
     }
-    if wanted is not None and fits.get(wanted):
-        return wanted
-    for model_type, does_fit in fits.items():
-        if does_fit:
+    for model_type in (wanted, *fits):
+        if fits.get(model_type):
             return model_type
-    raise ValueError(
-        f"no model_type has qkv_bias, out_bias = {biases}, mlp_bias = {has_mlp_bias}, qk_norm = "
-        f"{qk_norm} and sliding_window = {attention.sliding_window} together; known are "
-        f"{', '.join(fits)}"
-    )
-
-
-def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+    raise ValueError(f"no model_type has {traits._asdict()}; known are {', '.join(fits)}")
 
 
 FORMAT = Format(Llama, arguments, config, table)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from bdia_jax.interop.architectures import format_of, read_architecture
 from bdia_jax.interop.files import Tensors
-from bdia_jax.interop.layout import Table
+from bdia_jax.interop.layout import Table, dotted, params_of
 
 
 def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **overrides) -> Any:
@@ -40,7 +40,7 @@ def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **over
     make = lambda rngs: build(**arguments, rngs=rngs)  # noqa: E731
     abstract = nnx.eval_shape(make, rngs)
     params = read_params(folder, abstract, keep)
-    read = {path for path, _ in params.flat_state()}
+    read = {path for path, _ in nnx.to_flat_state(params)}
     # compiled, what is not asked for is not computed: no second set of parameters
     rest = nnx.jit(lambda rngs: nnx.state(make(rngs), lambda path, _: path not in read))(rngs)
     return nnx.merge(nnx.graphdef(abstract), params, rest)
@@ -64,30 +64,28 @@ def read_params(folder: str | Path, model: Any, keep: Iterable[str] = ()) -> nnx
             of another shape, not finite, or not for this model. With its name and file.
     """
     table = format_of(model).table(model)
-    variables = {
-        ".".join(map(str, path)): (path, variable)
-        for path, variable in nnx.state(model, nnx.Param).flat_state()
-    }
-    check_covered(table, variables)
-    kept = _kept(variables, keep)
-    read = [entry for entry in table.entries if not kept.issuperset(entry.paths)]
-    flat = {}
+    params = params_of(model)
+    check_covered(table, params)
+    kept = _kept(params, keep)
+    entries = [entry for entry in table.entries if not kept.issuperset(entry.paths)]
+    read: dict[str, Any] = {}
     with Tensors(folder) as tensors:
         found = _find(table, tensors)
-        _check_names_and_shapes(table, variables, read, tensors, found)
+        _check_names_and_shapes(table, params, entries, tensors, found)
         _check_tied(table, tensors, found)
-        for entry in read:
-            ours = [variables[path] for path in entry.paths]
-            arrays = [np.empty(variable.shape, variable.dtype) for _, variable in ours]
+        for entry in entries:
+            arrays = [np.empty(params[path].shape, params[path].dtype) for path in entry.paths]
             for name, parts in entry.views(arrays):
                 ends = np.cumsum([part.shape[-1] for part in parts])
                 values = np.split(tensors.read(found[name]), ends[:-1], axis=-1)
                 for part, value in zip(parts, values, strict=True):
                     part[...] = value
-            for dotted, (path, variable), array in zip(entry.paths, ours, arrays, strict=True):
-                if dotted not in kept:
-                    flat[path] = variable.replace(jnp.asarray(array))
-    return nnx.State.from_flat_path(flat)
+            read |= zip(entry.paths, map(jnp.asarray, arrays), strict=True)
+    return nnx.from_flat_state(
+        (path, param.replace(read[dotted(path)]))
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if dotted(path) in read.keys() - kept
+    )
 
 
 def check_covered(table: Table, paths: Iterable[str]) -> None:
@@ -132,10 +130,9 @@ def _find(table: Table, tensors: Tensors) -> dict[str, str]:
     return found
 
 
-def _check_names_and_shapes(table, variables, read, tensors: Tensors, found) -> None:
+def _check_names_and_shapes(table, params, read, tensors: Tensors, found) -> None:
     """Raises ValueError for a tensor that is missing, unexpected or of another shape."""
     known = set(table.tied)
-    params = {path: variable for path, (_, variable) in variables.items()}
     for entry in table.entries:
         shapes = entry.shapes(params)
         known |= shapes.keys()

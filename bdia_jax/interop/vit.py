@@ -6,16 +6,9 @@ from typing import Any
 
 import jax
 
-from bdia_jax.interop.layout import (
-    Format,
-    Table,
-    check_settings,
-    linear,
-    norm,
-    param_shapes,
-    tensor,
-)
-from bdia_jax.models.blocks import MLP, Attention, gelu
+from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.models.attention import Attention
+from bdia_jax.models.blocks import MLP, gelu
 from bdia_jax.models.vit import ViT
 
 _ACTIVATIONS = {
@@ -88,8 +81,8 @@ def table(model: ViT) -> Table:
     """All tensors of a ViTForImageClassification."""
     layer, blocks = "vit.encoder.layer.{}", "stack.blocks"
     attention = f"{layer}.attention"
-    has_bias = "stack.blocks.attention.query.bias" in param_shapes(model)
-    embeddings = "vit.embeddings"
+    ours: Any = model.stack.blocks
+    has_bias, embeddings = ours.attention.query.bias is not None, "vit.embeddings"
     projection = f"{embeddings}.patch_embeddings.projection"
     return Table(
         entries=(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from bdia_jax.baselines import FloatBDIAStack
 from bdia_jax.interop.architectures import format_of
 from bdia_jax.interop.files import CONFIG, INDEX, TENSORS, check_finite, read_json
-from bdia_jax.interop.layout import Entry
+from bdia_jax.interop.layout import Entry, params_of
 from bdia_jax.interop.reading import check_covered
 from bdia_jax.nnx import BDIAStack
 
@@ -70,10 +70,7 @@ def save(
         raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
     layout = format_of(model)
     _check_stack(model.stack)  # pyright: ignore[reportAttributeAccessIssue]
-    params = {
-        ".".join(map(str, path)): variable[...]
-        for path, variable in nnx.state(model, nnx.Param).flat_state()
-    }
+    params = {path: param[...] for path, param in params_of(model).items()}
     table = layout.table(model)
     check_covered(table, params)
     inherited = {} if source is None else read_json(Path(source) / CONFIG)

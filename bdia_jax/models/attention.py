@@ -1,12 +1,175 @@
-"""attend: softmax attention, by cuDNN's flash attention where the device has it, else by XLA."""
+"""Attention of tokens to each other and to a memory, and the choice of the kernel that runs it."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
+
+# A projection that ends a residual branch accumulates into float32 and returns it: rounded
+# to bfloat16 at magnitude 4, h would move in steps of eight quanta (frac_bits 9), far more
+# than a guard bit absorbs.
+residual_linear = partial(nnx.Linear, preferred_element_type=jnp.float32)
+lecun = nnx.initializers.lecun_normal()
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with a float32 output.
+
+    Args:
+        width: D.
+        num_heads: H, of the queries.
+        num_kv_heads: G, of keys and values, divides H: each serves H / G queries. None: H.
+        head_dim: d; None: D / H.
+        dropout_rate: of the output.
+        dtype: of the matrix products; parameters stay float32.
+        qkv_bias, out_bias: whether the input projections, and the output one, have a bias.
+        qk_norm: (d, rngs=) -> what normalizes queries and keys, each head by itself; None: nothing.
+        is_causal: whether a token sees only itself and those before it.
+        sliding_window: how many tokens it sees of these, itself among them; None: all.
+        kernel_init, out_init: of the input and the output projections.
+        implementation: "xla", "cudnn" (flash attention), or None: cuDNN where it can be used. A
+            window smaller than T is a mask, which is for "xla".
+
+    Attributes:
+        cache: None, or the `Cache` of tokens that x continues.
+
+    Raises:
+        ValueError: heads that do not divide, a window below 1, an unknown implementation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        qk_norm: Callable[..., nnx.Module] | None = None,
+        is_causal: bool = False,
+        sliding_window: int | None = None,
+        kernel_init: Callable = lecun,
+        out_init: Callable = lecun,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_sizes(width, num_heads, num_kv_heads, head_dim, sliding_window)
+        check_implementation(implementation)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = width // num_heads if head_dim is None else head_dim
+        self.is_causal, self.sliding_window = is_causal, sliding_window
+        self.implementation = implementation
+        inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        options = {"dtype": dtype, "use_bias": qkv_bias, "kernel_init": kernel_init, "rngs": rngs}
+        self.query = nnx.Linear(width, inner, **options)
+        self.key = nnx.Linear(width, kv_inner, **options)
+        self.value = nnx.Linear(width, kv_inner, **options)
+        self.q_norm: Any = nnx.data(None)
+        self.k_norm: Any = nnx.data(None)
+        if qk_norm is not None:
+            self.q_norm = qk_norm(self.head_dim, rngs=rngs)
+            self.k_norm = qk_norm(self.head_dim, rngs=rngs)
+        self.out = residual_linear(
+            inner, width, dtype=dtype, use_bias=out_bias, kernel_init=out_init, rngs=rngs
+        )
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.cache: Any = nnx.data(None)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, D]. mask: bool, broadcastable to [B, H, T, T], True = see.
+
+        With a `Cache`, x continues the tokens of earlier calls and sees them too.
+
+        Raises:
+            ValueError: a mask with a `Cache`, which brings its own.
+        """
+        return self._attend(*self._project(x), mask)
+
+    def _project(self, x):
+        """q [B, T, H, d], k and v [B, T, G, d]."""
+        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _heads(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+    def _used(self) -> jax.Array | int:
+        """How many tokens are in the cache."""
+        return 0 if self.cache is None else self.cache.used[...]
+
+    def _attend(self, q, k, v, mask):
+        q, k = q.astype(v.dtype), k.astype(v.dtype)
+        is_causal, implementation, used = self.is_causal, self.implementation, self._used()
+        if self.cache is not None:
+            if mask is not None:
+                raise ValueError(f"mask of shape {mask.shape} with a cache; decode without a mask")
+            k, v, mask = self.cache.extend(k, v)
+            is_causal, implementation = False, "xla"
+        if self.sliding_window is not None and k.shape[1] > self.sliding_window:
+            query, key = used + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+            window = (query - key < self.sliding_window)[None, None]
+            mask = window if mask is None else mask & window
+        return self._output(
+            attend(q, k, v, mask, is_causal=is_causal, implementation=implementation)
+        )
+
+    def _output(self, attended):
+        """[B, T, H, d] -> float32 [B, T, D]."""
+        return self.dropout(self.out(attended.reshape(*attended.shape[:-2], -1)))
+
+
+class CrossAttention(Attention):
+    """Multi-head attention of x to a memory, with a float32 output. Args: as in `Attention`.
+
+    Attributes:
+        cache: None, or the `MemoryCache` of the memory.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dropout_rate: float = 0.0,
+        dtype=jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        common = {"dropout_rate": dropout_rate, "dtype": dtype, "implementation": implementation}
+        super().__init__(width, num_heads, **common, rngs=rngs)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, T, D], memory [B, S, D] -> float32 [B, T, D]. mask: as bool [B, H, T, S].
+
+        With a `MemoryCache` the memory is the one it was made of.
+        """
+        q, implementation = self._heads(self.query(x)), self.implementation
+        if self.cache is None:
+            k, v = self.project(memory)
+        else:
+            k, v, implementation = self.cache.key[...], self.cache.value[...], "xla"
+        return self._output(attend(q, k, v, mask, implementation=implementation))
+
+    def project(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The memory's keys and values, each [B, S, H, D/H]."""
+        return self._heads(self.key(memory)), self._heads(self.value(memory))
+
+
+# --- the kernel ---------------------------------------------------------------------------
 
 
 def attend(
@@ -90,3 +253,12 @@ def default_device() -> Any:
     if device is None or isinstance(device, str):
         return jax.local_devices(backend=device)[0]
     return device
+
+
+def _check_sizes(width, num_heads, num_kv_heads, head_dim, sliding_window) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads {num_heads} is not divisible by num_kv_heads {num_kv_heads}")
+    if head_dim is None and width % num_heads:
+        raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; give head_dim")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}, expected None or at least 1")

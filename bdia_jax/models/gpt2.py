@@ -1,6 +1,5 @@
 """GPT-2: the causal language model of the paper's OpenWebText experiment, as a BDIA stack."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._stack import Stack
-from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
-from bdia_jax.models.language_model import LanguageModel, take_rows
+from bdia_jax.models.attention import Attention
+from bdia_jax.models.blocks import MLP, PreNormBlock
+from bdia_jax.models.language_model import LanguageModel, initializers, make_stack, take_rows
 from bdia_jax.nnx import BDIAStack
-
-_STD = 0.02
 
 
 class GPT2(LanguageModel):
@@ -62,15 +60,12 @@ class GPT2(LanguageModel):
     ):
         self.max_len = max_len
         self.dtype = dtype
-        normal = nnx.initializers.normal(_STD)
-        self.head = nnx.data(None)
+        init = initializers(depth)
+        normal = init["kernel_init"]
         self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
         self.positions = nnx.Param(normal(rngs.params(), (max_len, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        init = {
-            "kernel_init": normal,
-            "out_init": nnx.initializers.normal(_STD / math.sqrt(2 * depth)),
-        }
+        norm = partial(nnx.LayerNorm, epsilon=epsilon)
 
         def make_block(rngs):
             return PreNormBlock(
@@ -81,18 +76,12 @@ class GPT2(LanguageModel):
                 dtype=dtype,
                 attention=partial(Attention, qkv_bias=True, is_causal=True, **init),
                 mlp=partial(MLP, activation=jax.nn.gelu, **init),
-                epsilon=epsilon,
+                norm=norm,
                 rngs=rngs,
             )
 
-        self.stack = stack(make_block, depth, rngs=rngs)
-        features = self.stack.out_features(width)
-        if features != width:
-            raise ValueError(
-                f"the stack returns {features} features, but the tied embedding has {width}; "
-                "take a stack that keeps the width"
-            )
-        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.stack = make_stack(stack, make_block, depth, width, rngs)
+        self.norm = norm(width, rngs=rngs)
 
     def features(
         self,
@@ -103,8 +92,7 @@ class GPT2(LanguageModel):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """As `LanguageModel.features`."""
-        self._check_length(tokens)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        x = take_rows(self.embedding[...], tokens) + take_rows(self.positions[...], positions)
+        x = self._embed(tokens) + take_rows(self.positions[...], positions)
         return self.norm(self.stack(self.dropout(x, rngs=rngs), mask, rngs=rngs))

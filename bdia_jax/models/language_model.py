@@ -1,14 +1,19 @@
-"""What the decoder-only language models share: how they are called, their logits and loss."""
+"""What transformers over tokens share: embeddings, logits and loss; how a causal one is called."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import losses
+from bdia_jax._stack import Stack
 
 
-class LanguageModel(nnx.Module):
-    """A causal transformer over tokens; a subclass has `features` and these attributes.
+class TokenModel(nnx.Module):
+    """A transformer over the tokens of one vocabulary; a subclass has these attributes.
 
     Attributes:
         max_len: most tokens at once.
@@ -18,9 +23,44 @@ class LanguageModel(nnx.Module):
     """
 
     max_len: int
-    dtype: jnp.dtype
+    dtype: Any
     embedding: nnx.Param
-    head: nnx.Param | None
+    head: nnx.Param | None = None
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """float32 [B, T, D] -> float32 [B, T, V]."""
+        return losses.logits(features, self._table(), dtype=self.dtype)
+
+    def loss(
+        self, features: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+    ) -> jax.Array:
+        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
+
+        Args:
+            features: float32 [B, T, D].
+            labels: int32 [B, T], the next tokens. Padding is a label as any other: give its loss
+                no weight. The loss of one outside the vocabulary is NaN.
+            label_smoothing: share of the target that is spread over the vocabulary.
+        """
+        return losses.softmax_cross_entropy(
+            features, self._table(), labels, dtype=self.dtype, label_smoothing=label_smoothing
+        )
+
+    def _table(self) -> jax.Array:
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding; an id outside it cannot raise under jit, and gives NaN."""
+        if tokens.shape[1] > self.max_len:
+            raise ValueError(
+                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
+                "shorten them or make the model with a greater max_len"
+            )
+        return take_rows(self.embedding[...], tokens)
+
+
+class LanguageModel(TokenModel):
+    """A causal transformer; a subclass has `features`."""
 
     def __call__(
         self,
@@ -57,35 +97,27 @@ class LanguageModel(nnx.Module):
         """What `logits` and `loss` take, float32 [B, T, D]. Args: as in a call."""
         raise NotImplementedError
 
-    def logits(self, features: jax.Array) -> jax.Array:
-        """float32 [B, T, D] -> float32 [B, T, V]."""
-        return losses.logits(features, self._table(), dtype=self.dtype)
-
-    def loss(
-        self, features: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-    ) -> jax.Array:
-        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
-
-        Args:
-            features: float32 [B, T, D].
-            labels: int32 [B, T], the next tokens. The loss of one outside the vocabulary is NaN.
-            label_smoothing: share of the target that is spread over the vocabulary.
-        """
-        return losses.softmax_cross_entropy(
-            features, self._table(), labels, dtype=self.dtype, label_smoothing=label_smoothing
-        )
-
-    def _table(self) -> jax.Array:
-        return (self.embedding if self.head is None else self.head)[...]
-
-    def _check_length(self, tokens: jax.Array) -> None:
-        if tokens.shape[1] > self.max_len:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
-                "shorten them or make the model with a greater max_len"
-            )
-
 
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index], NaN for an index outside, negative ones too."""
     return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def initializers(depth: int) -> dict[str, Callable]:
+    """As GPT-2's: N(0, 0.02), and 1 / sqrt(2 depth) of that where a residual branch ends."""
+    normal = nnx.initializers.normal
+    return {"kernel_init": normal(0.02), "out_init": normal(0.02 / math.sqrt(2 * depth))}
+
+
+def make_stack(
+    stack: Callable[..., Stack], make_block: Callable, depth: int, width: int, rngs: nnx.Rngs
+) -> Stack:
+    """stack(make_block, depth), if what it returns is `width` wide; ValueError if not."""
+    made = stack(make_block, depth, rngs=rngs)
+    features = made.out_features(width)
+    if features != width:
+        raise ValueError(
+            f"the stack returns {features} features, but the output projection takes {width}; "
+            "take a stack that keeps the width"
+        )
+    return made

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax.models.attention import attend
-from bdia_jax.models.blocks import Attention
+from bdia_jax.models.attention import Attention, attend
 
 
 class LinformerAttention(Attention):
@@ -23,12 +22,9 @@ class LinformerAttention(Attention):
         Others as in `Attention`.
 
     Example:
-        >>> from functools import partial
-        >>> from bdia_jax.models.vit import ViT
-        >>> attention = partial(LinformerAttention, num_tokens=65, projected=16)
-        >>> model = ViT(width=16, num_heads=2, mlp_dim=16, attention=attention, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 32, 32, 3))).shape
-        (2, 10)
+        >>> attention = LinformerAttention(8, 2, num_tokens=65, projected=16, rngs=nnx.Rngs(0))
+        >>> attention(jnp.ones((2, 65, 8))).shape
+        (2, 65, 8)
     """
 
     def __init__(
@@ -61,12 +57,10 @@ class LinformerAttention(Attention):
             raise ValueError(f"x has shape {x.shape}, expected num_tokens = {num_tokens} tokens")
         if mask is not None:
             raise ValueError("mask given, but tokens are mixed before attention; use Attention")
-        q = self.query(x)
         k = _mix_tokens(self.project_keys[...], self.key(x))
         v = _mix_tokens(self.project_values[...], self.value(x))
-        q, k, v = (y.reshape(*y.shape[:-1], self.num_heads, -1) for y in (q, k, v))
-        attended = attend(q, k, v, implementation=self.implementation)
-        return self.dropout(self.out(attended.reshape(x.shape)))
+        q, k, v = map(self._heads, (self.query(x), k, v))
+        return self._output(attend(q, k, v, implementation=self.implementation))
 
 
 def _mix_tokens(matrix: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """Llama, and what is built like it (Mistral, Qwen2, Qwen3), as a BDIA stack."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._stack import Stack
-from bdia_jax.models.language_model import LanguageModel, take_rows
-from bdia_jax.models.llama_blocks import LlamaBlock, RotaryAttention, SwiGLU
-from bdia_jax.models.rope import RopeScaling
+from bdia_jax.models.blocks import PreNormBlock, SwiGLU
+from bdia_jax.models.language_model import LanguageModel, initializers, make_stack
+from bdia_jax.models.rope import RopeScaling, RotaryAttention
 from bdia_jax.nnx import BDIAStack
-
-_STD = 0.02
 
 
 class Llama(LanguageModel):
@@ -28,8 +25,9 @@ class Llama(LanguageModel):
         vocab_size: V.
         max_len: most positions. The network has no parameters of them.
         width, depth, num_heads, mlp_dim: the architecture.
-        num_kv_heads, head_dim, rope_theta, rope_scaling, qkv_bias, out_bias, qk_norm,
-            sliding_window: of the attention, see `RotaryAttention`.
+        num_kv_heads, head_dim, rope_theta, rope_scaling, qkv_bias, out_bias, sliding_window: of
+            the attention, see `RotaryAttention`.
+        qk_norm: whether queries and keys are normalized, each head by itself, before they turn.
         mlp_bias: whether the MLP's projections have a bias.
         epsilon: of the RMSNorms.
         tie_embeddings: whether the token embedding is also the output projection.
@@ -40,10 +38,6 @@ class Llama(LanguageModel):
             its options, magnitude=0, fixed_point=None, backprop="store" for the plain Llama.
             Its output must be as wide as its input.
         rngs: initializes parameters; seeds dropout and gamma.
-
-    Attributes:
-        embedding: [V, D].
-        head: the output projection [V, D], or None if it is the embedding.
 
     Raises:
         ValueError: as `RotaryAttention`; a stack whose output is wider.
@@ -83,11 +77,10 @@ class Llama(LanguageModel):
     ):
         self.max_len = max_len
         self.dtype = dtype
-        normal = nnx.initializers.normal(_STD)
-        init = {
-            "kernel_init": normal,
-            "out_init": nnx.initializers.normal(_STD / math.sqrt(2 * depth)),
-        }
+        init = initializers(depth)
+        normal = init["kernel_init"]
+        # like the residual stream: rounded to bfloat16 only where a matrix product begins
+        norm = partial(nnx.RMSNorm, epsilon=epsilon, dtype=jnp.float32)
         attention = partial(
             RotaryAttention,
             num_kv_heads=num_kv_heads,
@@ -96,34 +89,27 @@ class Llama(LanguageModel):
             rope_scaling=rope_scaling,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
-            qk_norm=qk_norm,
+            qk_norm=norm if qk_norm else None,
             sliding_window=sliding_window,
             **init,
         )
 
         def make_block(rngs):
-            return LlamaBlock(
+            return PreNormBlock(
                 width,
                 num_heads,
                 mlp_dim,
-                epsilon=epsilon,
                 dropout_rate=dropout_rate,
                 dtype=dtype,
                 attention=attention,
                 mlp=partial(SwiGLU, use_bias=mlp_bias, **init),
+                norm=norm,
                 rngs=rngs,
             )
 
         self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
-        self.stack = stack(make_block, depth, rngs=rngs)
-        features = self.stack.out_features(width)
-        if features != width:
-            raise ValueError(
-                f"the stack returns {features} features, but the norm and the output projection "
-                f"take {width}; take a stack that keeps the width"
-            )
-        self.norm = nnx.RMSNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
-        self.head = nnx.data(None)
+        self.stack = make_stack(stack, make_block, depth, width, rngs)
+        self.norm = norm(width, rngs=rngs)
         if not tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), (vocab_size, width)))
 
@@ -136,7 +122,6 @@ class Llama(LanguageModel):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """As `LanguageModel.features`."""
-        self._check_length(tokens)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
         # All axes are there: the stack's batch_chunks would take one of length B for the batch.
@@ -144,5 +129,4 @@ class Llama(LanguageModel):
         positions = jnp.atleast_2d(positions)
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        x = take_rows(self.embedding[...], tokens)
-        return self.norm(self.stack(x, positions, mask, rngs=rngs))
+        return self.norm(self.stack(self._embed(tokens), mask, positions, rngs=rngs))

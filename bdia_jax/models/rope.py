@@ -1,11 +1,15 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), with the scalings of long contexts."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), its long contexts, and attention with it."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from bdia_jax.models.attention import Attention
 
 _NEEDED = {
     "linear": (),
@@ -87,3 +91,52 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class RotaryAttention(Attention):
+    """Causal self-attention with rotary positions and a float32 output.
+
+    Args:
+        rope_theta, rope_scaling: the frequencies of the positions, see `rope_frequencies`.
+        Others as in `Attention`, without a bias by default. head_dim is even.
+
+    Raises:
+        ValueError: as `Attention`; an odd head_dim.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        rope_theta: float = 10000.0,
+        rope_scaling: RopeScaling | None = None,
+        out_bias: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(width, num_heads, is_causal=True, out_bias=out_bias, rngs=rngs, **options)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, D].
+
+        Args:
+            x: with a `Cache` it continues the tokens of earlier calls and sees them too. Keys are
+                kept as they are after turning.
+            mask: bool, broadcastable to [B, H, T, T], True = see; of the earlier tokens only.
+            positions: int32, broadcastable to [B, T]; those that follow by default.
+
+        Raises:
+            ValueError: a mask with a `Cache`, which brings its own.
+        """
+        q, k, v = self._project(x)
+        if positions is None:
+            positions = self._used() + jnp.arange(x.shape[1])[None]
+        frequencies = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+        q, k = (rotate(heads, positions, frequencies) for heads in (q, k))
+        return self._attend(q, k, v, mask)

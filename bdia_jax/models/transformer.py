@@ -9,25 +9,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax import losses
 from bdia_jax._stack import Stack
-from bdia_jax.models.blocks import MLP, Attention, CrossAttention, PreNormBlock
+from bdia_jax.models.attention import Attention, CrossAttention
+from bdia_jax.models.blocks import MLP, PreNormBlock
+from bdia_jax.models.language_model import TokenModel
 from bdia_jax.nnx import BDIAStack
 
 PAD = 0
 
 
-class DecoderBlock(nnx.Module):
+class DecoderBlock(PreNormBlock):
     """A pre-norm decoder block as the h of eq. 4: h = f(x) + c(x + f, memory) + g(x + f + c).
 
-    f is causal self-attention, c attention to the memory, g the MLP, each behind a LayerNorm.
+    f is causal self-attention, c attention to the memory, g the MLP, each behind a norm. It is
+    called with x float32 [B, T, D]; mask, bool, broadcastable to [B, H, T, T], besides the causal
+    one, or None; memory float32 [B, S, D]; memory_mask, bool, broadcastable to [B, H, T, S], or
+    None.
 
     Args: as in `PreNormBlock`.
     """
 
     branches = ("f", "c", "g")
-    per_token = ("g",)
-    per_sample = True
 
     def __init__(
         self,
@@ -35,55 +37,24 @@ class DecoderBlock(nnx.Module):
         num_heads: int,
         mlp_dim: int,
         *,
-        dropout_rate: float = 0.0,
-        dtype=jnp.float32,
-        attention: Callable[..., nnx.Module] = partial(Attention, is_causal=True),
-        mlp: Callable[..., nnx.Module] = MLP,
+        attention: Callable[..., Any] = partial(Attention, is_causal=True),
+        cross_attention: Callable[..., Any] = CrossAttention,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        common = {"dropout_rate": dropout_rate, "dtype": dtype, "rngs": rngs}
-        self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = attention(width, num_heads, **common)
-        self.cross_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.cross_attention = CrossAttention(width, num_heads, **common)
-        self.mlp_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.mlp = mlp(width, mlp_dim, **common)
+        parts = {"attention": attention, "cross_attention": cross_attention}
+        super().__init__(width, num_heads, mlp_dim, **parts, **options, rngs=rngs)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        memory: jax.Array,
-        memory_mask: jax.Array | None,
-    ) -> jax.Array:
-        """float32 h [B, T, D].
+    def f(self, x: jax.Array, *consts: Any) -> jax.Array:
+        """The self-attention alone, which sees the mask."""
+        return super().f(x, *consts[:1])
 
-        Args:
-            x: float32 [B, T, D].
-            mask: bool, broadcastable to [B, H, T, T], besides the causal one.
-            memory: float32 [B, S, D].
-            memory_mask: bool, broadcastable to [B, H, T, S].
-        """
-        f = self.f(x, mask)
-        c = self.c(x + f, mask, memory, memory_mask)
-        return f + c + self.g(x + f + c)
-
-    def f(self, x: jax.Array, mask: jax.Array | None, *_: Any) -> jax.Array:
-        """Self-attention alone."""
-        return self.attention(self.attention_norm(x), mask)
-
-    def c(
-        self, x: jax.Array, _: Any, memory: jax.Array, memory_mask: jax.Array | None
-    ) -> jax.Array:
-        """Attention to the memory alone."""
+    def c(self, x: jax.Array, _: Any, memory: jax.Array, memory_mask: Any) -> jax.Array:
+        """The attention to the memory alone."""
         return self.cross_attention(self.cross_norm(x), memory, memory_mask)
 
-    def g(self, x: jax.Array, *_: Any) -> jax.Array:
-        """The MLP alone."""
-        return self.mlp(self.mlp_norm(x))
 
-
-class Transformer(nnx.Module):
+class Transformer(TokenModel):
     """Encoder-decoder for translation, one vocabulary and one embedding for both languages.
 
     Pre-norm with a LayerNorm after each stack, ReLU, sinusoidal positions. The embedding,
@@ -171,23 +142,9 @@ class Transformer(nnx.Module):
         memory = self.encode(source, rngs)
         return self._decode(target_in, memory, source != PAD, None, rngs)
 
-    def logits(self, features: jax.Array) -> jax.Array:
-        """float32 [B, T, D] -> float32 [B, T, V]."""
-        return losses.logits(features, self.embedding[...], dtype=self.dtype)
-
-    def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
-        """Cross-entropy of every token, float32 [B, T], without ever holding its logits.
-
-        Args:
-            features: float32 [B, T, D].
-            labels: int32 [B, T], the tokens after each of target_in. Padding is a label as any
-                other: give its loss no weight. The loss of one outside the vocabulary is NaN.
-        """
-        return losses.softmax_cross_entropy(features, self.embedding[...], labels, dtype=self.dtype)
-
     def encode(self, source: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The memory, float32 [B, S, D], of source int32 [B, S]; meaningless at padding."""
-        x = self._embed(source, None, rngs)
+        x = self._place(source, None, rngs)
         mask = (source != PAD)[:, None, None]
         return self.encoder_norm(self.encoder(x, mask, rngs=rngs))
 
@@ -213,7 +170,7 @@ class Transformer(nnx.Module):
         return self.logits(self._decode(target, memory, source_mask, positions, rngs))
 
     def _decode(self, target, memory, source_mask, positions, rngs):
-        x = self._embed(target, positions, rngs)
+        x = self._place(target, positions, rngs)
         # a cache brings its own mask, and is for sentences that have not ended
         blocks: Any = self.decoder.blocks
         cached = blocks.attention.cache is not None
@@ -221,20 +178,12 @@ class Transformer(nnx.Module):
         x = self.decoder(x, mask, memory, source_mask[:, None, None], rngs=rngs)
         return self.decoder_norm(x)
 
-    def _embed(self, tokens, positions, rngs):
-        length = tokens.shape[1]
-        if length > self.max_len:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}, more than max_len {self.max_len} of them; "
-                "shorten them or make the model with a greater max_len"
-            )
+    def _place(self, tokens, positions, rngs):
+        """The tokens embedded at their positions, by default 0 .. T-1."""
         if positions is None:
-            positions = jnp.arange(length)[None]
-        table = self.embedding[...]
-        width = table.shape[1]
-        # an id outside the vocabulary cannot raise under jit; it becomes NaN
-        x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        x = math.sqrt(width) * x + _sinusoids(positions, width)
+            positions = jnp.arange(tokens.shape[1])[None]
+        x = self._embed(tokens)
+        x = math.sqrt(x.shape[-1]) * x + _sinusoids(positions, x.shape[-1])
         return self.dropout(x, rngs=rngs)
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._stack import Stack
-from bdia_jax.models.blocks import MLP, Attention, PreNormBlock
+from bdia_jax.models.attention import Attention
+from bdia_jax.models.blocks import MLP, PreNormBlock
 from bdia_jax.nnx import BDIAStack
 
 
@@ -26,8 +27,9 @@ class ViT(nnx.Module):
             also follows the position embedding.
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
             and logits are float32.
-        attention, mlp, epsilon: of every block, see `PreNormBlock`; epsilon of the last norm too.
-            Most published ViTs have `partial(Attention, qkv_bias=True)`, and some 1e-12.
+        attention, mlp: of every block, see `PreNormBlock`. Most published ViTs have
+            `partial(Attention, qkv_bias=True)`.
+        epsilon: of all LayerNorms; some published ViTs have 1e-12.
         stack: (make_block, depth, rngs=rngs) -> what runs the blocks: `BDIAStack` or one of
             `bdia_jax.baselines`, its options set by `functools.partial`. The last norm and
             the head are as wide as its output (`out_features`).
@@ -67,12 +69,24 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(rngs.params.normal((1, 1, width)))
         self.positions = nnx.Param(rngs.params.normal((1, tokens, width)))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        options = {"dropout_rate": dropout_rate, "dtype": dtype}
-        options |= {"attention": attention, "mlp": mlp, "epsilon": epsilon}
-        make_block = partial(_make_block, width, num_heads, mlp_dim, options)
+        norm = partial(nnx.LayerNorm, epsilon=epsilon)
+
+        def make_block(rngs):
+            return PreNormBlock(
+                width,
+                num_heads,
+                mlp_dim,
+                dropout_rate=dropout_rate,
+                dtype=dtype,
+                attention=attention,
+                mlp=mlp,
+                norm=norm,
+                rngs=rngs,
+            )
+
         self.stack = stack(make_block, depth, rngs=rngs)
         features = self.stack.out_features(width)
-        self.norm = nnx.LayerNorm(features, epsilon=epsilon, rngs=rngs)
+        self.norm = norm(features, rngs=rngs)
         self.head = nnx.Linear(features, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -90,7 +104,3 @@ class ViT(nnx.Module):
         x = jnp.concatenate([class_token, tokens], axis=1) + self.positions[...]
         x = self.stack(self.dropout(x, rngs=rngs), rngs=rngs)
         return self.head(self.norm(x[:, 0]))
-
-
-def _make_block(width, num_heads, mlp_dim, options, rngs):
-    return PreNormBlock(width, num_heads, mlp_dim, **options, rngs=rngs)

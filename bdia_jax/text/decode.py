@@ -1,7 +1,7 @@
 """Sampling and beam search, over any step function that keeps its own cache."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,38 +107,45 @@ def beam_search(
     first_row = beam_size * jnp.arange(batch_size)[:, None]
     shape = (batch_size, beam_size)
 
-    def going(carry):
-        index, *_, done = carry
-        return (index < max_len) & ~jnp.all(done)
+    def going(beam: _Beam):
+        return (beam.length < max_len) & ~jnp.all(beam.done)
 
-    def body(carry):
-        index, state, rows, tokens, total, alive, scores, results, done = carry
-        state, logits = step(state, rows.reshape(-1), tokens.reshape(-1), index)
+    def body(beam: _Beam) -> _Beam:
+        state, logits = step(
+            beam.state, beam.rows.reshape(-1), beam.tokens.reshape(-1), beam.length
+        )
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(*shape, -1)
         if pad != eos:
             is_pad = jnp.arange(log_probs.shape[-1]) == pad
             log_probs = jnp.where(is_pad, -jnp.inf, log_probs)
         if constrain is not None:
-            log_probs = constrain(log_probs, alive, index)
+            log_probs = constrain(log_probs, beam.alive, beam.length)
 
         # each sequence ends in one way only, so half of these go on
-        candidates = (total[..., None] + log_probs).reshape(batch_size, -1)
+        candidates = (beam.total[..., None] + log_probs).reshape(batch_size, -1)
         total, best = jax.lax.top_k(candidates, 2 * beam_size)
         parent, tokens = jnp.divmod(best, log_probs.shape[-1])
-        alive = _take(alive, parent).at[:, :, index].set(tokens)
-        length = index + 1
+        alive = _take(beam.alive, parent).at[:, :, beam.length].set(tokens)
+        length = beam.length + 1
         ends = (tokens == eos) | (length == max_len)
 
-        is_result = ends & (jnp.arange(2 * beam_size) < beam_size) & ~done[:, None]
+        is_result = ends & (jnp.arange(2 * beam_size) < beam_size) & ~beam.done[:, None]
         score = jnp.where(is_result, total / penalty(length), -jnp.inf)
-        scores, kept = jax.lax.top_k(jnp.concatenate([scores, score], axis=1), beam_size)
-        results = _take(jnp.concatenate([results, alive], axis=1), kept)
+        scores, kept = jax.lax.top_k(jnp.concatenate([beam.scores, score], axis=1), beam_size)
+        results = _take(jnp.concatenate([beam.results, alive], axis=1), kept)
 
         total, on = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), beam_size)
-        rows, tokens, alive = first_row + _take(parent, on), _take(tokens, on), _take(alive, on)
-
-        done = done | (can_reach(total[:, 0], length) <= scores[:, -1])
-        return length, state, rows, tokens, total, alive, scores, results, done
+        return _Beam(
+            length=length,
+            state=state,
+            rows=first_row + _take(parent, on),
+            tokens=_take(tokens, on),
+            total=total,
+            alive=_take(alive, on),
+            scores=scores,
+            results=results,
+            done=beam.done | (can_reach(total[:, 0], length) <= scores[:, -1]),
+        )
 
     def can_reach(total, length):
         """The best score a sequence of this log-probability is still hoped to have."""
@@ -147,16 +154,40 @@ def beam_search(
         now = total / penalty(length)
         return now if not early_stopping else jnp.maximum(now, total / penalty(max_len))
 
-    # all rows of a sentence start equal: only the first may be continued
-    total = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf) + jnp.zeros(shape)
     blank = jnp.full((*shape, max_len), pad, jnp.int32)
-    carry = (
-        jnp.int32(0), state, first_row + jnp.arange(beam_size),
-        jnp.broadcast_to(jnp.reshape(jnp.asarray(bos, jnp.int32), (-1, 1)), shape),
-        total, blank, jnp.full(shape, -jnp.inf), blank, jnp.zeros(batch_size, bool),
-    )  # fmt: skip
-    *_, scores, results, _ = jax.lax.while_loop(going, body, carry)
-    return results, scores
+    start = _Beam(
+        length=jnp.int32(0),
+        state=state,
+        rows=first_row + jnp.arange(beam_size),
+        tokens=jnp.broadcast_to(jnp.reshape(jnp.asarray(bos, jnp.int32), (-1, 1)), shape),
+        # all rows of a sentence start equal: only the first may be continued
+        total=jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf) + jnp.zeros(shape),
+        alive=blank,
+        scores=jnp.full(shape, -jnp.inf),
+        results=blank,
+        done=jnp.zeros(batch_size, bool),
+    )
+    end = jax.lax.while_loop(going, body, start)
+    return end.results, end.scores
+
+
+class _Beam(NamedTuple):
+    """What `beam_search` knows after `length` tokens: [B, beam], but for done and length.
+
+    Row by row the living sequences, best first: the row each continues, its last token, its
+    log-probability, its tokens. And the best results with their scores, and whether a sentence is
+    through.
+    """
+
+    length: Any
+    state: PyTree
+    rows: jax.Array
+    tokens: jax.Array
+    total: jax.Array
+    alive: jax.Array
+    scores: jax.Array
+    results: jax.Array
+    done: jax.Array
 
 
 def gnmt_penalty(alpha: float | jax.Array) -> Callable[[Any], Any]:

@@ -1,11 +1,11 @@
-"""Generating tokens with a decoder-only model or a Transformer, each token evaluated once.
+"""Generating tokens with a decoder-only model, each evaluated once.
 
-`generate`, `generate_beam` and `translate` run `sample` and `beam_search` of
-`bdia_jax.text.decode` with a model, the whole loop in one jit.
+`generate` and `generate_beam` run `sample` and `beam_search` of `bdia_jax.text.decode` with a
+model, the whole loop in one jit.
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from bdia_jax.models.blocks import Cache, MemoryCache
-from bdia_jax.models.transformer import PAD, Transformer
+from bdia_jax.models.cache import Cache
 from bdia_jax.text.decode import beam_search, forbid_ngrams, length_power, sample
-
-__all__ = ["CausalLM", "beam_search", "generate", "generate_beam", "sample", "translate"]
-
-PyTree = Any
+from bdia_jax.text.step import at_inference, beam_step, cached_step, of_rows
 
 
 class CausalLM(Protocol):
@@ -96,27 +92,29 @@ def generate(
             f"temperature is {temperature} and key {key}; pass key=jax.random.key(seed) to "
             "draw, or temperature=0 for the likeliest token"
         )
-    graphdef, state = nnx.split(model)
-    arrays = (prompt, prompt_lengths, key, temperature or None)
-    return _generate(graphdef, state, *arrays, num_tokens, top_k, end_token)
+    return _generate(
+        *nnx.split(model),
+        prompt,
+        prompt_lengths,
+        key,
+        temperature or None,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        end_token=end_token,
+    )
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def _generate(graphdef, state, prompt, lengths, key, temperature, num_tokens, top_k, end_token):
-    model = nnx.merge(graphdef, state)
-    model.eval()
+@partial(jax.jit, static_argnames=("graphdef", "num_tokens", "top_k", "end_token"))
+def _generate(graphdef, state, prompt, lengths, key, temperature, *, num_tokens, top_k, end_token):
+    model = at_inference(graphdef, state)
     prompt, first, place = _open_cache(model, prompt, lengths, num_tokens)
     logits = model.logits(model.features(prompt, positions=first)[:, -1:])[:, 0]
     vocab_size = logits.shape[-1]
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k is {top_k}, expected 1 to the vocabulary size {vocab_size}")
-    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
 
-    def step(cache, tokens, index):
-        # a copy: variables from outside the loop must not be written inside it
-        model = nnx.merge(graphdef, cache, rest, copy=True)
-        logits = model.logits(model.features(tokens[:, None], positions=place + index))
-        return nnx.state(model, nnx.Cache), logits[:, 0]
+    def evaluate(model, tokens, index):
+        return model.logits(model.features(tokens, positions=place + index))
 
     def choose(logits, index):
         if temperature is None:
@@ -127,6 +125,7 @@ def _generate(graphdef, state, prompt, lengths, key, temperature, num_tokens, to
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.random.categorical(jax.random.fold_in(key, index), logits).astype(jnp.int32)
 
+    step, cache = cached_step(model, evaluate)
     new = sample(step, cache, logits, num_tokens, choose, end_token)
     return jnp.concatenate([prompt, new], axis=1)
 
@@ -203,119 +202,52 @@ def generate_beam(
     _check_lengths(model, prompt, num_tokens, prompt_lengths)
     if no_repeat_ngram < 0:
         raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}, expected 0 for none, or more")
-    graphdef, state = nnx.split(model)
-    arrays = (prompt, prompt_lengths, length_penalty)
-    ngrams = (no_repeat_ngram, ngrams_of_prompt)
-    options = (num_tokens, beam_size, ngrams, end_token, early_stopping)
-    tokens, scores = _generate_beam(graphdef, state, *arrays, *options)
-    return tokens[:, 0], scores[:, 0]
-
-
-@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _generate_beam(
-    graphdef, state, prompt, lengths, length_penalty,
-    num_tokens, beam_size, ngrams, end_token, early_stopping,
-):  # fmt: skip
-    model = nnx.merge(graphdef, state)
-    model.eval()
-    prompt, first, _ = _open_cache(model, prompt, lengths, num_tokens)
-    if prompt.shape[1] > 1:  # the last token of each prompt is what its search starts with
-        model.features(prompt[:, :-1], positions=first[:, :-1])
-    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
-    cache = _of_rows(cache, jnp.repeat(jnp.arange(len(prompt)), beam_size))
-    place = jnp.repeat(first[:, -1:], beam_size, axis=0) if len(first) > 1 else first[:, -1:]
-
-    def step(cache, rows, tokens, index):
-        if beam_size > 1:
-            cache = _of_rows(cache, rows)
-        model = nnx.merge(graphdef, cache, rest, copy=True)
-        logits = model.logits(model.features(tokens[:, None], positions=place + index))
-        return nnx.state(model, nnx.Cache), logits[:, 0]
-
-    return beam_search(
-        step, cache, len(prompt), num_tokens,
-        beam_size=beam_size, length_penalty=length_power(length_penalty),
-        bos=prompt[:, -1], eos=end_token, pad=end_token, early_stopping=early_stopping,
-        constrain=_constrain(ngrams, prompt, lengths),
-    )  # fmt: skip
-
-
-def _constrain(ngrams: tuple[int, bool], prompt: jax.Array, lengths: jax.Array | None):
-    ngram_size, of_prompt = ngrams
-    if not ngram_size:
-        return None
-    if not of_prompt:
-        prompt, lengths = prompt[:, :0], None
-    return forbid_ngrams(ngram_size, prompt, lengths)
-
-
-def _of_rows(cache: PyTree, rows: jax.Array) -> PyTree:
-    """The cache of a batch of these rows: keys and values are [K, B, ...], their number [K]."""
-    return jax.tree.map(lambda leaf: leaf[:, rows] if leaf.ndim > 1 else leaf, cache)
-
-
-def translate(
-    model: Transformer,
-    source: jax.Array,
-    max_len: int,
-    *,
-    beam_size: int = 1,
-    length_penalty: float = 0.6,
-    bos: int = 1,
-    eos: int = 2,
-) -> tuple[jax.Array, jax.Array]:
-    """(tokens int32 [B, max_len], scores float32 [B]): the best translation found.
-
-    The network is the one of inference, as in `generate`; keys and values of the memory and of
-    earlier tokens are kept. `beam_search` says what is searched. Compiled once for each shape,
-    max_len, beam_size, bos and eos.
-
-    Args:
-        model: left as it was, whatever its mode.
-        source: int32 [B, S], padded with 0 at the end.
-        max_len: most tokens of a translation, eos included, bos not.
-        beam_size: 1 is greedy.
-        length_penalty, bos, eos: as in `beam_search`.
-
-    Returns:
-        The tokens behind bos, up to and with eos, then 0; and their score.
-
-    Raises:
-        ValueError: max_len outside 1 .. model.max_len, bos or eos 0; as `beam_search`.
-    """
-    if not 1 <= max_len <= model.max_len:
-        raise ValueError(f"max_len is {max_len}, expected 1 to the model's {model.max_len}")
-    if PAD in (bos, eos):
-        raise ValueError(f"bos is {bos} and eos {eos}, expected other tokens than padding, {PAD}")
-    graphdef, state = nnx.split(model)
-    tokens, scores = _translate(
-        graphdef, state, source, length_penalty, max_len, beam_size, bos, eos
+    search = _Search(
+        num_tokens, beam_size, no_repeat_ngram, ngrams_of_prompt, end_token, early_stopping
+    )
+    tokens, scores = _generate_beam(
+        *nnx.split(model), prompt, prompt_lengths, length_penalty, search
     )
     return tokens[:, 0], scores[:, 0]
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
-def _translate(graphdef, state, source, length_penalty, max_len, beam_size, bos, eos):
-    model = nnx.merge(graphdef, state)
-    model.eval()
-    batch_size = len(source)
-    memory = jnp.repeat(model.encode(source), beam_size, axis=0)
-    source_mask = jnp.repeat(source != PAD, beam_size, axis=0)
-    blocks = model.decoder.blocks
-    blocks.cross_attention.cache = MemoryCache(blocks.cross_attention, memory)
-    blocks.attention.cache = Cache(blocks.attention, batch_size * beam_size, max_len)
-    graphdef, cache, rest = nnx.split(model, nnx.Cache, ...)
+class _Search(NamedTuple):
+    """What a beam search is compiled for, as in `generate_beam`."""
 
-    def step(cache, rows, tokens, index):
-        if beam_size > 1:
-            cache = _of_rows(cache, rows)
-        model = nnx.merge(graphdef, cache, rest, copy=True)
-        positions = jnp.full((1, 1), index)
-        logits = model.decode(tokens[:, None], memory, source_mask, positions=positions)
-        return nnx.state(model, nnx.Cache), logits[:, 0]
+    num_tokens: int
+    beam_size: int
+    no_repeat_ngram: int
+    ngrams_of_prompt: bool
+    end_token: int
+    early_stopping: bool | str
 
+
+@partial(jax.jit, static_argnames=("graphdef", "search"))
+def _generate_beam(graphdef, state, prompt, lengths, length_penalty, search: _Search):
+    model = at_inference(graphdef, state)
+    prompt, first, _ = _open_cache(model, prompt, lengths, search.num_tokens)
+    if prompt.shape[1] > 1:  # the last token of each prompt is what its search starts with
+        model.features(prompt[:, :-1], positions=first[:, :-1])
+    place = jnp.repeat(first[:, -1:], search.beam_size, axis=0) if len(first) > 1 else first[:, -1:]
+
+    def evaluate(model, tokens, index):
+        return model.logits(model.features(tokens, positions=place + index))
+
+    constrain = None
+    if search.no_repeat_ngram:
+        before = (prompt, lengths) if search.ngrams_of_prompt else (prompt[:, :0], None)
+        constrain = forbid_ngrams(search.no_repeat_ngram, *before)
+    step, cache = cached_step(model, evaluate)
     return beam_search(
-        step, cache, batch_size, max_len,
-        beam_size=beam_size, length_penalty=length_penalty, bos=bos, eos=eos, pad=PAD,
-        early_stopping=beam_size == 1,
-    )  # fmt: skip
+        beam_step(step, search.beam_size),
+        of_rows(cache, jnp.repeat(jnp.arange(len(prompt)), search.beam_size)),
+        len(prompt),
+        search.num_tokens,
+        beam_size=search.beam_size,
+        length_penalty=length_power(length_penalty),
+        bos=prompt[:, -1],
+        eos=search.end_token,
+        pad=search.end_token,
+        early_stopping=search.early_stopping,
+        constrain=constrain,
+    )

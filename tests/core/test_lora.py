@@ -8,31 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, keep_mask, relative_error
-from toy_models import filled
+from toy_models import F32, PLAIN, TOKENS, at_inference, drifting_stack, filled, small
 
 from bdia_jax import lora
 from bdia_jax.lora import LoRALinear
-from bdia_jax.models.gpt2 import GPT2
-from bdia_jax.models.llama import Llama
-from bdia_jax.models.transformer import Transformer
-from bdia_jax.models.vit import ViT
-from bdia_jax.nnx import BDIAStack
+from bdia_jax.nnx import BDIAStack, BranchedBlock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
-PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
-SMALL = {"vocab_size": 23, "max_len": 8, "width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24}
-TOKENS = jax.random.randint(jax.random.key(0), (4, 6), 0, 23)
-
-
-def small_gpt2(stack=BDIAStack, **options):
-    return filled(lambda: GPT2(**(SMALL | options), stack=stack, rngs=nnx.Rngs(0)))
-
-
-def small_llama(stack=PLAIN):
-    shared_heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-    return filled(lambda: Llama(**(SMALL | shared_heads), stack=stack, rngs=nnx.Rngs(0)))
 
 
 def add(model, trained=True, **options):
@@ -46,36 +28,31 @@ def add(model, trained=True, **options):
 
 def train(module):
     generator = np.random.default_rng(1)
-    for path, variable in nnx.state(module, nnx.LoRAParam).flat_state():
-        if "lora_b" in path:
-            variable[...] = jnp.asarray(generator.normal(0, 0.3, variable.shape), jnp.float32)
-            nnx.update(module, nnx.State.from_flat_path({path: variable}))
-
-
-@nnx.jit
-def run(model, tokens):
-    model.eval()
-    return model(tokens)
+    for _, linear in nnx.iter_modules(module):
+        if isinstance(linear, LoRALinear):
+            b = generator.normal(0, 0.3, linear.lora_b.shape)
+            linear.lora_b[...] = jnp.asarray(b, jnp.float32)
 
 
 # --- the function --------------------------------------------------------------------
 
 
+@pytest.mark.claim("adapters leave the function and merge into it")
+@pytest.mark.control("adapters leave the function and merge into it")
 def test_adding_leaves_the_function_and_merging_gives_the_plain_model_back():
-    model = small_llama()
-    before = run(model, TOKENS)
+    model = small("llama", PLAIN, head_dim=6)
+    before = at_inference(model, TOKENS)
     graphdef, params = nnx.graphdef(model), jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     add(model, trained=False)
-    assert_same_bits(run(model, TOKENS), before)
+    assert_same_bits(at_inference(model, TOKENS), before)
     train(model)
-    adapted = run(model, TOKENS)
+    adapted = at_inference(model, TOKENS)
     assert relative_error(adapted, before) > 1e-2
     lora.merge(model)
     assert nnx.graphdef(model) == graphdef  # parameters, their paths, and modules' types
-    assert relative_error(run(model, TOKENS), adapted) < F32
-    for (path, old), (_, new) in zip(
-        params.flat_state(), nnx.state(model, nnx.Param).flat_state(), strict=True
-    ):
+    assert relative_error(at_inference(model, TOKENS), adapted) < F32
+    states = map(nnx.to_flat_state, (params, nnx.state(model, nnx.Param)))
+    for (path, old), (_, new) in zip(*states, strict=True):
         changed = bool(jnp.any(old[...] != new[...]))
         assert changed == (path[-2:] in {("query", "kernel"), ("value", "kernel")}), path
 
@@ -99,40 +76,33 @@ def test_an_adapted_layer_is_that_of_w_plus_scaled_a_b(lead):
     np.testing.assert_allclose(linear.kernel[...], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_types_of_results_are_those_without_adapter():
-    x = jnp.ones((2, 4), jnp.bfloat16)
-    for options in (
+@pytest.mark.parametrize(
+    "options",
+    [
         {"dtype": jnp.bfloat16},
         {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32},
         {},
         {"param_dtype": jnp.bfloat16},
-    ):
-        linear = nnx.Linear(4, 6, rngs=nnx.Rngs(0), **options)
-        before, kernel = linear(x), linear.kernel[...]
-        lora.add(linear, ("",), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
-        assert_same_bits(linear(x), before)
-        train(linear)
-        assert linear(x).dtype == before.dtype and np.any(linear(x) != before)
-        lora.merge(linear)
-        assert linear.kernel.dtype == kernel.dtype and np.any(linear.kernel[...] != kernel)
-
-
-def vit():
-    sizes = {"patch_size": 2, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8}
-    return ViT((4, 4, 3), 2, **sizes, rngs=nnx.Rngs(0))
-
-
-def translator():
-    sizes = {"width": 8, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2, "mlp_dim": 8}
-    return Transformer(11, 6, **sizes, rngs=nnx.Rngs(0))
+    ],
+)
+def test_types_of_results_are_those_without_adapter(options):
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    linear = nnx.Linear(4, 6, rngs=nnx.Rngs(0), **options)
+    before, kernel = linear(x), linear.kernel[...]
+    lora.add(linear, ("",), rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+    assert_same_bits(linear(x), before)
+    train(linear)
+    assert linear(x).dtype == before.dtype and np.any(linear(x) != before)
+    lora.merge(linear)
+    assert linear.kernel.dtype == kernel.dtype and np.any(linear.kernel[...] != kernel)
 
 
 @pytest.mark.parametrize(
-    ("make", "stacks"),
-    [(small_llama, ("stack",)), (vit, ("stack",)), (translator, ("encoder", "decoder"))],
+    ("name", "stacks"),
+    [("llama", ("stack",)), ("vit", ("stack",)), ("transformer", ("encoder", "decoder"))],
 )
-def test_queries_and_values_of_self_attention_are_the_targets(make, stacks):
-    model = nnx.eval_shape(make)
+def test_queries_and_values_of_self_attention_are_the_targets(name, stacks):
+    model = nnx.eval_shape(lambda: small(name))
     assert set(lora.query_and_value(model)) == {
         rf"^{stack}\.blocks\.attention\.{name}$" for stack in stacks for name in ("query", "value")
     }
@@ -145,7 +115,7 @@ def test_queries_and_values_of_self_attention_are_the_targets(make, stacks):
 # --- under BDIA ----------------------------------------------------------------------
 
 
-class Block(nnx.Module):
+class Block(BranchedBlock):
     """Two branches with all an adapter has to do with, and little to compile."""
 
     branches, per_token = ("f", "g"), ("g",)
@@ -165,23 +135,17 @@ class Block(nnx.Module):
     def g(self, x):
         return jnp.tanh(self.out(x))
 
-    def __call__(self, x):
-        f = self.f(x)
-        return f + self.g(x + f)
+
+def make_stack(dtype, width=8, depth=5, stack=BDIAStack, **options):
+    return stack(partial(Block, dtype=dtype, width=width), depth, rngs=nnx.Rngs(0), **options)
 
 
-class Model(nnx.Module):
-    def __init__(self, dtype, width=8, depth=5, **options):
-        make_block = partial(Block, dtype=dtype, width=width)
-        self.stack = BDIAStack(make_block, depth, rngs=nnx.Rngs(0), **options)
+X = jnp.asarray(2 * np.random.default_rng(3).normal(size=(4, 6, 8)), jnp.float32)
 
 
-X = 2 * jax.random.normal(jax.random.key(3), (4, 6, 8))
-
-
-def small_stack(dtype, **options):
+def adapted_stack(dtype, **options):
     """With dropout in the adapters: other masks in the backward pass rebuild other states."""
-    return add(filled(lambda: Model(dtype, **options)), dropout_rate=0.5).stack
+    return add(filled(lambda: make_stack(dtype, **options)), dropout_rate=0.5)
 
 
 @pytest.fixture
@@ -193,20 +157,27 @@ def quick_masks(monkeypatch):
     monkeypatch.setattr("jax.random.bernoulli", bernoulli)
 
 
+IN_PARTS = {"by_branch": True, "token_chunks": 2, "batch_chunks": 2}
+
+
+@pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [
-        (jnp.float32, {"by_branch": True, "token_chunks": 2, "batch_chunks": 2}),
-        (jnp.bfloat16, {}),
-    ],
+    [(jnp.bfloat16, {}), pytest.param(jnp.float32, IN_PARTS, marks=pytest.mark.full)],
 )
 def test_the_rebuild_with_adapters_is_exact(dtype, options, quick_masks, optimized):
-    report = small_stack(dtype, **options).audit(X, rngs=nnx.Rngs(7))
+    report = adapted_stack(dtype, **options).audit(X, rngs=nnx.Rngs(7))
     assert report.exact and len(report.mismatches) == 4, report
 
 
+@pytest.mark.full
+@pytest.mark.control("rebuild is exact")
+def test_control_adapted_blocks_that_drift_are_not(quick_masks):
+    assert not adapted_stack(jnp.float32, stack=drifting_stack).audit(X, rngs=nnx.Rngs(7)).exact
+
+
 def gradient(seed=7, dtype=jnp.float32, **options):
-    graphdef, adapters, rest = nnx.split(small_stack(dtype, **options), nnx.LoRAParam, ...)
+    graphdef, adapters, rest = nnx.split(adapted_stack(dtype, **options), nnx.LoRAParam, ...)
 
     @jax.jit
     @jax.grad
@@ -217,10 +188,10 @@ def gradient(seed=7, dtype=jnp.float32, **options):
     return jax.tree.leaves(of_adapters(adapters, jax.random.key(seed)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"batch_chunks": 2, "by_branch": True, "token_chunks": 2}, {"dtype": jnp.bfloat16}],
-)
+@pytest.mark.full
+@pytest.mark.claim("gradients equal store's")
+@pytest.mark.control("gradients equal store's")
+@pytest.mark.parametrize("options", [IN_PARTS, {"dtype": jnp.bfloat16}])
 def test_reversible_gradients_of_adapters_equal_stored_ones(options, quick_masks):
     expected = gradient(backprop="store", **options)
     assert len(expected) == 4
@@ -231,16 +202,18 @@ def test_reversible_gradients_of_adapters_equal_stored_ones(options, quick_masks
             assert_grads_close(gradient(seed=8), expected, 0.05)
 
 
+@pytest.mark.claim("frozen blocks cost no gradient")
+@pytest.mark.control("frozen blocks cost no gradient")
 def test_frozen_blocks_cost_no_gradient(optimized):
     """Bytes of what the compiled gradient holds, beside those of full fine-tuning."""
-    make = lambda: add(Model(jnp.float32, width=64, depth=16), trained=False)  # noqa: E731
+    make = lambda: add(make_stack(jnp.float32, width=64, depth=16), trained=False)  # noqa: E731
     model = nnx.eval_shape(make)
 
     def plan(trained):
         graphdef, params, rest = nnx.split(model, trained, ...)
 
         def loss(params, rest, x):
-            return jnp.sum(nnx.merge(graphdef, params, rest).stack(x, rngs=nnx.Rngs(0)))
+            return jnp.sum(nnx.merge(graphdef, params, rest)(x, rngs=nnx.Rngs(0)))
 
         compiled = jax.jit(jax.grad(loss)).lower(params, rest, jnp.ones((2, 3, 64))).compile()
         memory = compiled.memory_analysis()
@@ -259,7 +232,7 @@ class OwnLinear(nnx.Linear):
 
 
 def test_targets_that_do_not_fit_are_refused():
-    model = small_gpt2()
+    model = small("gpt2")
     options = {"alpha": 1.0, "rngs": nnx.Rngs(0)}
     graphdef = nnx.graphdef(model)
     for targets, rank, message in (

@@ -6,26 +6,30 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from optax.losses import softmax_cross_entropy_with_integer_labels as optax_loss
-from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
-from toy_models import filled, without_key_bias
+from toy import assert_grads_close, assert_same_bits, relative_error
+from toy_models import BF16, F32, SOURCE, TARGET, TOKENS, small, without_key_bias
 
 from bdia_jax.losses import logits, softmax_cross_entropy
-from bdia_jax.models.gpt2 import GPT2
-from bdia_jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-F32, BF16 = (GRAD_TOLERANCE[jnp.dtype(dtype)] for dtype in (jnp.float32, jnp.bfloat16))
+
+def optax_loss(every, labels, smoothing=0.0):
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, every.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(every, targets)
 
 
-def full(features, table, labels, *, chunk_size=None, **options):
-    return optax_loss(logits(features, table, **options), labels)
+def full(features, table, labels, *, chunk_size=None, label_smoothing=0.0, **options):
+    every = logits(features, table, **options)
+    if label_smoothing:
+        return optax_loss(every, labels, label_smoothing)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(every, labels)
 
 
 def draw(shape, vocab_size, width, *, seed=0, scale=1.0, dtype=jnp.float32, with_bias=False):
@@ -40,7 +44,10 @@ def draw(shape, vocab_size, width, *, seed=0, scale=1.0, dtype=jnp.float32, with
     return arrays, jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_axis", "dtype", "chunk_size"))
+STATIC = ("vocab_axis", "dtype", "chunk_size", "label_smoothing")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
 def loss_and_gradients(loss_fns, arrays, labels, weights, **options):
     """(losses, gradients) by each of loss_fns; compiled together, which is quicker."""
 
@@ -70,6 +77,7 @@ def compare(arrays, labels, weights, tolerance, **options):
 # --- values and gradients ------------------------------------------------------------
 
 
+@pytest.mark.claim("the chunked loss is that of all logits")
 @pytest.mark.parametrize(
     "shape, vocab_size, chunk_size, options",
     [
@@ -86,6 +94,27 @@ def test_it_is_the_cross_entropy_of_all_logits(shape, vocab_size, chunk_size, op
     compare(*drawn, F32, chunk_size=chunk_size)
 
 
+@pytest.mark.control("the chunked loss is that of all logits")
+def test_control_classes_counted_twice_would_show():
+    (features, table, _), labels, weights = draw((7,), 23, 6)
+    twice = jnp.concatenate([table, table[15:16]])  # 24 = 3 chunks of 8
+    actual = ours((features, twice, None), labels, weights, chunk_size=8)
+    expected = ours((features, table, None), labels, weights, chunk_size=8)
+    assert relative_error(actual[0], expected[0]) > 100 * F32
+    assert relative_error(actual[1][0], expected[1][0]) > 100 * F32
+
+
+@pytest.mark.parametrize("chunk_size", [8, 100])
+def test_label_smoothing_is_the_loss_of_a_smoothed_target(chunk_size):
+    drawn = draw((9,), 23, 6, with_bias=True)
+    compare(*drawn, F32, chunk_size=chunk_size, label_smoothing=0.1)
+    (smoothed, gradients), (plain, others) = (
+        ours(*drawn, chunk_size=chunk_size, label_smoothing=smoothing) for smoothing in (0.1, 0.0)
+    )
+    for a, b in zip((smoothed, *gradients), (plain, *others), strict=True):
+        assert relative_error(a, b) > 1e-2
+
+
 def test_of_one_class_or_no_token_there_is_nothing_to_learn():
     for tokens, vocab_size in ((4, 1), (0, 5)):
         arrays, labels, weights = draw((tokens,), vocab_size, 6, with_bias=True)
@@ -94,6 +123,7 @@ def test_of_one_class_or_no_token_there_is_nothing_to_learn():
         assert result[0].shape == (tokens,)
 
 
+@pytest.mark.full
 @settings(max_examples=8)
 @given(
     tokens=st.integers(2, 9),
@@ -108,29 +138,24 @@ def test_at_any_size(tokens, vocab_size, width, chunk_size, with_bias, seed):
     compare(*drawn, F32, chunk_size=chunk_size)
 
 
-def test_a_kernel_is_a_table_whose_classes_are_the_last_axis():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_kernel_is_a_table_whose_classes_are_the_last_axis(smoothing):
     (features, table, bias), labels, weights = draw((9,), 23, 6, with_bias=True)
-    by_row, by_column = (
-        ours(each, labels, weights, vocab_axis=axis,
-                           chunk_size=8)
-        for axis, each in ((0, (features, table, bias)), (1, (features, table.T, bias)))
-    )  # fmt: skip
-    transposed = (by_column[1][0], by_column[1][1].T, by_column[1][2])
-    assert_grads_close((by_column[0], transposed), by_row, F32)
+    options = {"chunk_size": 8, "label_smoothing": smoothing}
+    expected = ours((features, table, bias), labels, weights, **options)
+    loss, gradients = ours((features, table.T, bias), labels, weights, vocab_axis=1, **options)
+    assert_grads_close((loss, (gradients[0], gradients[1].T, gradients[2])), expected, F32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["of float32", "of bfloat16"])
 def test_products_in_bfloat16(dtype):
     arrays, labels, weights = draw((40,), 23, 16, dtype=dtype, with_bias=True)
     compare(arrays, labels, weights, BF16, chunk_size=8, dtype=jnp.bfloat16)
-    _, gradients = ours(arrays, labels, weights)
+    loss, gradients = ours(arrays, labels, weights, chunk_size=8, dtype=jnp.bfloat16)
     assert [leaf.dtype for leaf in gradients] == [dtype, dtype, jnp.float32]
-
-
-def test_control_products_in_bfloat16_are_not_those_of_float32():
-    drawn = draw((40,), 23, 16)
-    loss, exact = (ours(*drawn, dtype=dtype)[0] for dtype in (jnp.bfloat16, jnp.float32))
-    assert 1e-4 < relative_error(loss, exact) < BF16
+    if dtype == jnp.float32:
+        exact, _ = ours(arrays, labels, weights, chunk_size=8)
+        assert 1e-4 < relative_error(loss, exact) < BF16
 
 
 def test_operands_are_rounded_to_dtype_and_sums_are_not():
@@ -152,15 +177,6 @@ def test_four_products_of_bfloat16_give_float32():
     arrays, labels, weights = draw((9,), 23, 6, dtype=jnp.bfloat16)
     text = str(jax.make_jaxpr(lambda *args: ours(*args))(arrays, labels, weights))
     assert re.findall(r":(\w+)\[[\d,]*\] = dot_general", text) == ["f32"] * 4
-
-
-def test_control_classes_counted_twice_would_show():
-    (features, table, _), labels, weights = draw((7,), 23, 6)
-    twice = jnp.concatenate([table, table[15:16]])  # 24 = 3 chunks of 8
-    actual = ours((features, twice, None), labels, weights, chunk_size=8)
-    expected = ours((features, table, None), labels, weights, chunk_size=8)
-    assert relative_error(actual[0], expected[0]) > 100 * F32
-    assert relative_error(actual[1][0], expected[1][0]) > 100 * F32
 
 
 # --- labels and logits of all kinds --------------------------------------------------
@@ -187,7 +203,6 @@ def test_padding_may_have_any_label_if_its_loss_is_not_used():
 
         return jax.jit(jax.value_and_grad(total))(arrays)
 
-    chunked = functools.partial(softmax_cross_entropy, chunk_size=8)
     actual = masked(chunked, jnp.where(real, labels, -100))
     assert_grads_close(actual, masked(full, labels), F32)
 
@@ -217,8 +232,7 @@ def test_a_bias_may_rule_out_a_whole_chunk():
     (features, table, _), labels, weights = draw((9,), 23, 6)
     bias = jnp.zeros(23).at[:8].set(-jnp.inf)
     labels = jnp.maximum(labels, 8)
-    drawn = (features, table, bias), labels, weights
-    compare(*drawn, F32, chunk_size=8)
+    compare((features, table, bias), labels, weights, F32, chunk_size=8)
     ruled_out = softmax_cross_entropy(features, table, labels.at[0].set(3), bias=bias, chunk_size=4)
     assert np.isinf(ruled_out[0]) and np.all(np.isfinite(ruled_out[1:]))
 
@@ -228,25 +242,28 @@ def test_a_bias_may_rule_out_a_whole_chunk():
 chunked = functools.partial(softmax_cross_entropy, chunk_size=8)
 
 
-def test_it_transforms():
+def vmapped(loss_fn, labels):
+    return lambda x, w: jax.vmap(loss_fn)(x, w, labels)
+
+
+def checkpointed(loss_fn, labels):
+    return jax.checkpoint(lambda x, w: loss_fn(x, w, labels))
+
+
+@pytest.mark.parametrize("transform", [vmapped, checkpointed])
+def test_it_transforms(transform):
     (features, table, _), labels, _ = draw((3, 4), 23, 6)
-    tables = jnp.stack([table, 2 * table, -table])
+    if transform is vmapped:
+        table = jnp.stack([table, 2 * table, -table])
 
-    def gradients(loss_fn, wrap):
-        total = lambda x, w: jnp.sum(jnp.sin(wrap(loss_fn)(x, w)))  # noqa: E731
-        return jax.jit(jax.grad(total, (0, 1)))
+    def gradients(loss_fn):
+        total = lambda x, w: jnp.sum(jnp.sin(transform(loss_fn, labels)(x, w)))  # noqa: E731
+        return jax.jit(jax.grad(total, (0, 1)))(features, table)
 
-    def vmapped(loss_fn):
-        return lambda x, w: jax.vmap(loss_fn)(x, w, labels)
-
-    def checkpointed(loss_fn):
-        return jax.checkpoint(lambda x, w: loss_fn(x, w, labels))
-
-    for wrap, weights in ((vmapped, tables), (checkpointed, table)):
-        actual, expected = (gradients(f, wrap)(features, weights) for f in (chunked, full))
-        assert_grads_close(actual, expected, F32)
+    assert_grads_close(gradients(chunked), gradients(full), F32)
 
 
+@pytest.mark.full
 def test_second_derivatives_are_right_and_forward_mode_is_refused_by_jax():
     (features, table, _), labels, _ = draw((2,), 5, 2)
 
@@ -276,16 +293,16 @@ def test_sharded_over_tokens_equals_unsharded():
 
 # --- memory --------------------------------------------------------------------------
 
-TOKENS, WIDTH, VOCAB = 256, 64, 8193
+ROWS, WIDTH, VOCAB = 256, 64, 8193
 
 
 @functools.cache
 def temp_bytes(loss_fn, vocab_size=VOCAB, vocab_axis=0, gradient=True) -> int:
     shape = (vocab_size, WIDTH) if vocab_axis == 0 else (WIDTH, vocab_size)
     arrays = (
-        jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),
         jax.ShapeDtypeStruct(shape, jnp.float32),
-        jax.ShapeDtypeStruct((TOKENS,), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS,), jnp.int32),
     )
 
     def total(features, table, labels):
@@ -296,9 +313,10 @@ def temp_bytes(loss_fn, vocab_size=VOCAB, vocab_axis=0, gradient=True) -> int:
 
 
 in_chunks = functools.partial(softmax_cross_entropy, chunk_size=128)
-CHUNK_BYTES = 4 * TOKENS * 128  # of logits
+CHUNK_BYTES = 4 * ROWS * 128  # of logits
 
 
+@pytest.mark.claim("the loss needs the memory of a chunk")
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_its_memory_is_that_of_a_chunk(vocab_axis):
     few, many = (temp_bytes(in_chunks, size, vocab_axis) for size in (VOCAB, 2 * VOCAB))
@@ -308,12 +326,19 @@ def test_its_memory_is_that_of_a_chunk(vocab_axis):
     assert temp_bytes(in_chunks, VOCAB, vocab_axis, gradient=False) < 4 * CHUNK_BYTES
 
 
+@pytest.mark.control("the loss needs the memory of a chunk")
 def test_control_all_logits_at_once_take_all_their_memory():
-    assert temp_bytes(full) >= 4 * TOKENS * VOCAB
+    assert temp_bytes(full) >= 4 * ROWS * VOCAB
     assert temp_bytes(full, 2 * VOCAB) > 1.9 * temp_bytes(full)
-    assert temp_bytes(full, gradient=False) >= 4 * TOKENS * VOCAB
+    assert temp_bytes(full, gradient=False) >= 4 * ROWS * VOCAB
 
 
+def test_label_smoothing_needs_no_more_than_a_chunk_more():
+    smoothed = functools.partial(in_chunks, label_smoothing=0.1)
+    assert temp_bytes(smoothed) <= temp_bytes(in_chunks) + CHUNK_BYTES
+
+
+@pytest.mark.control("the loss needs the memory of a chunk")
 def test_control_the_transpose_of_a_kernel_is_a_copy():
     def of_transpose(features, kernel, labels, vocab_axis):
         return in_chunks(features, kernel.T, labels)
@@ -323,26 +348,25 @@ def test_control_the_transpose_of_a_kernel_is_a_copy():
 
 def test_what_waits_for_the_backward_pass_is_a_number_a_token():
     (features, table, _), labels, _ = draw((9,), 23, 6)
-    residuals = jax.eval_shape(lambda x, w: jax.vjp(lambda *a: chunked(*a, labels), x, w)[1],
-                               features, table)  # fmt: skip
+    loss = lambda x, w: chunked(x, w, labels)  # noqa: E731
+    residuals = jax.eval_shape(lambda x, w: jax.vjp(loss, x, w)[1], features, table)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(residuals))
     assert sizes == sorted([features.size, table.size, 9, 9])  # and the labels
 
 
 # --- the models ----------------------------------------------------------------------
 
-TOY = {"width": 8, "num_heads": 2, "mlp_dim": 8, "dropout_rate": 0.0}
 
-
-def test_gpt2_has_the_loss_of_its_logits():
-    model = filled(lambda: GPT2(2100, 8, depth=1, **TOY, rngs=nnx.Rngs(0)))
-    tokens, labels = jax.random.randint(jax.random.key(0), (2, 2, 5), 0, 2100)
+@pytest.mark.full
+def test_the_gradients_of_gpt2_are_those_of_its_logits():
+    model = small("gpt2", depth=1, vocab_size=2100)
+    labels = jnp.asarray(np.random.default_rng(0).integers(2100, size=TOKENS.shape), jnp.int32)
 
     def chunked(model):
-        return model.loss(model.features(tokens, rngs=nnx.Rngs(1)), labels)
+        return model.loss(model.features(TOKENS, rngs=nnx.Rngs(1)), labels)
 
     def full(model):
-        return optax_loss(model(tokens, rngs=nnx.Rngs(1)), labels)
+        return optax_loss(model(TOKENS, rngs=nnx.Rngs(1)), labels)
 
     @nnx.jit
     def run(model):
@@ -358,27 +382,25 @@ def test_gpt2_has_the_loss_of_its_logits():
     assert_grads_close(gradients, expected_gradients, F32)  # of the tied table, too
 
 
-def test_the_transformer_has_the_loss_of_its_logits():
-    def make():
-        options = {"encoder_depth": 1, "decoder_depth": 1, "dtype": jnp.bfloat16}
-        return Transformer(50, 8, **options, **TOY, rngs=nnx.Rngs(0))
-
-    model = filled(make)
+def test_a_models_loss_is_of_its_own_logits_and_dtype():
+    model = small("transformer", encoder_depth=1, decoder_depth=1, dtype=jnp.bfloat16)
     model.eval()
-    source, target, labels = jax.random.randint(jax.random.key(0), (3, 2, 5), 1, 50)
 
     @nnx.jit
     def run(model):
-        memory = model.encode(source)
-        features = model.features(source, target)
+        memory = model.encode(SOURCE)
+        features = model.features(SOURCE, TARGET)
         in_float32 = logits(features, model.embedding[...])
-        decoded = model.decode(target, memory, source != 0)
-        return model.loss(features, labels), model(source, target), decoded, in_float32
+        decoded = model.decode(TARGET, memory, SOURCE != 0)
+        losses = [model.loss(features, TARGET, smoothing) for smoothing in (0.0, 0.2)]
+        return losses, model(SOURCE, TARGET), decoded, in_float32
 
-    loss, every, decoded, in_float32 = run(model)
-    assert relative_error(loss, optax_loss(every, labels)) < F32
+    (loss, smoothed), every, decoded, in_float32 = run(model)
+    assert relative_error(loss, optax_loss(every, TARGET)) < F32
+    assert relative_error(smoothed, optax_loss(every, TARGET, 0.2)) < F32
+    assert relative_error(smoothed, loss) > 1e-3
     assert relative_error(decoded, every) < F32
-    assert relative_error(loss, optax_loss(in_float32, labels)) > 10 * F32  # its own dtype
+    assert relative_error(loss, optax_loss(in_float32, TARGET)) > 10 * F32
 
 
 # --- refusals ------------------------------------------------------------------------
@@ -407,6 +429,9 @@ X, TABLE, LABELS = jnp.ones((2, 3, 4)), jnp.ones((7, 4)), jnp.zeros((2, 3), jnp.
         ({"chunk_size": True}, "chunk_size is True", "an int"),
         ({"dtype": jnp.int32}, "dtype is int32", "jnp.bfloat16"),
         ({"dtype": bool}, "dtype is bool", "None"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1", "below 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0", "below 1"),
+        ({"label_smoothing": float("nan")}, "label_smoothing is nan", "below 1"),
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else "",
 )

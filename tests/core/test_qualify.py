@@ -10,7 +10,8 @@ from flax import nnx
 from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
 
 import bdia_jax as bdia
-from bdia_jax.models.blocks import Attention, Cache
+from bdia_jax.models.attention import Attention
+from bdia_jax.models.cache import Cache
 from bdia_jax.nnx import BDIAStack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -12,9 +12,17 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from bdia_jax.models import attention
-from bdia_jax.models.attention import attend, choose_implementation, default_device
-from bdia_jax.models.blocks import Attention, Cache, CrossAttention, PreNormBlock
+from bdia_jax.models.attention import (
+    Attention,
+    CrossAttention,
+    attend,
+    choose_implementation,
+    default_device,
+)
+from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.models.cache import Cache
 from bdia_jax.models.linformer import LinformerAttention
+from bdia_jax.models.rope import RotaryAttention
 from bdia_jax.nnx import BDIAStack
 
 TOKENS, WIDTH, HEADS = 24, 64, 2
@@ -83,35 +91,33 @@ def test_the_device_is_the_one_compiled_for():
         assert default_device() == jax.local_devices(backend="cpu")[0]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [Attention, CrossAttention, partial(LinformerAttention, num_tokens=TOKENS, projected=8)],
-)
+LINFORMER = partial(LinformerAttention, num_tokens=TOKENS, projected=8)
+
+
+@pytest.mark.parametrize("make", [Attention, CrossAttention, LINFORMER, RotaryAttention, attend])
 def test_an_unknown_implementation_is_refused(make):
+    q = jnp.zeros((1, 2, 1, 8))
+    arguments = (q, q, q) if make is attend else (WIDTH, HEADS)
+    options = {} if make is attend else {"rngs": nnx.Rngs(0)}
     with pytest.raises(ValueError, match=r"implementation is 'flash', expected 'xla', 'cudnn'"):
-        make(WIDTH, HEADS, implementation="flash", rngs=nnx.Rngs(0))
-
-
-def test_attend_refuses_an_unknown_implementation():
-    with pytest.raises(ValueError, match=r"implementation is 'flash', expected 'xla', 'cudnn'"):
-        jax.eval_shape(partial(attend, implementation="flash"), *[jnp.zeros((1, 2, 1, 8))] * 3)
+        make(*arguments, implementation="flash", **options)
 
 
 # --- what is lowered -------------------------------------------------------------------
 
+CAUSAL = partial(Attention, is_causal=True)
 
-def make_stack(backprop, **options):
+
+def lowered_gradient(backprop, attention=CAUSAL, **options):
     def make_block(rngs):
-        part = partial(Attention, is_causal=True, **options)
+        part = partial(attention, **options)
         return PreNormBlock(
             WIDTH, HEADS, 32, dropout_rate=0.1, dtype=jnp.bfloat16, attention=part, rngs=rngs
         )
 
-    return BDIAStack(make_block, 3, rngs=nnx.Rngs(0), backprop=backprop)
+    def make():
+        return BDIAStack(make_block, 3, rngs=nnx.Rngs(0), backprop=backprop)
 
-
-def lowered_gradient(backprop, **options):
-    make = partial(make_stack, backprop, **options)
     graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
 
     def loss(params, rest, x):
@@ -124,6 +130,7 @@ def has_weights(text):
     return f"x{TOKENS}x{TOKENS}x" in text
 
 
+@pytest.mark.claim("flash attention is one kernel in both passes")
 def test_a_reversible_stack_runs_one_cudnn_kernel_in_both_passes(on_cuda):
     text = lowered_gradient("reversible")
     assert cudnn_calls(text) == [FORWARD, FORWARD, BACKWARD]
@@ -138,6 +145,7 @@ def test_a_reversible_stack_runs_one_cudnn_kernel_in_both_passes(on_cuda):
     assert f"tensor<2x{HEADS}x{TOKENS}xf32>" in forward  # the kernel of training
 
 
+@pytest.mark.control("flash attention is one kernel in both passes")
 def test_control_alone_jax_runs_another_kernel_in_the_forward_pass(on_cuda):
     q = jax.ShapeDtypeStruct((2, TOKENS, HEADS, 32), jnp.bfloat16)
     plain = partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -170,9 +178,15 @@ BF16 = {"width": WIDTH, "num_heads": HEADS, "dtype": jnp.bfloat16}
 def test_other_attentions_choose_too(on_cuda):
     memory = jax.ShapeDtypeStruct((2, 5, WIDTH), jnp.float32)
     assert cudnn_calls(lowered_module(partial(CrossAttention, **BF16), X, memory)) == [FORWARD]
-    linear = partial(LinformerAttention, num_tokens=TOKENS, projected=8, **BF16)
+    linear = partial(LINFORMER, **BF16)
     assert cudnn_calls(lowered_module(linear, X)) == [FORWARD]
     assert not cudnn_calls(lowered_module(partial(linear, dtype=jnp.float32), X))
+
+
+@pytest.mark.parametrize("window", [None, TOKENS, TOKENS - 1])
+def test_shared_heads_are_for_cudnn_and_so_is_a_window_that_sees_all(on_cuda, window):
+    text = lowered_gradient("reversible", RotaryAttention, num_kv_heads=1, sliding_window=window)
+    assert cudnn_calls(text) == ([] if window == TOKENS - 1 else [FORWARD, FORWARD, BACKWARD])
 
 
 def test_a_mask_is_for_xla_unless_cudnn_is_forced(on_cuda):

@@ -1,3 +1,5 @@
+"""Generated tokens, against recomputing all of them, searching everything, and transformers."""
+
 import itertools
 from functools import partial
 
@@ -7,88 +9,66 @@ import numpy as np
 import pytest
 from flax import nnx
 from toy import assert_same_bits
-from toy_models import filled
+from toy_models import PLAIN, at_inference, small
 
-from bdia_jax.models.blocks import Cache
-from bdia_jax.models.gpt2 import GPT2
-from bdia_jax.models.transformer import Transformer
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.text.generate import beam_search, generate, sample, translate
+from bdia_jax.text.generate import generate, generate_beam
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+FULL = pytest.mark.full
 
-PLAIN = partial(BDIAStack, magnitude=0, fixed_point=None, backprop="store")
 PROMPT = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]])
 KEY = jax.random.key(0)
 VOCAB, NEW = 12, 5
-SOURCE = jnp.array([[3, 4, 5, 2, 0], [5, 3, 4, 3, 2], [4, 2, 0, 0, 0]])
-BOS, EOS = 1, 2
 
 
-def small_gpt2(stack):
-    return filled(
-        lambda: GPT2(VOCAB, 10, width=16, depth=2, num_heads=2, mlp_dim=24, stack=stack,
-                     dropout_rate=0.3, rngs=nnx.Rngs(0)),
-        seed=2,  # the two likeliest tokens are never close
-    )  # fmt: skip
+def small_gpt2(stack=PLAIN, seed=2, **options):
+    """By default the two likeliest tokens are never close."""
+    sizes = {"vocab_size": VOCAB, "max_len": 10, "depth": 2, "dropout_rate": 0.3}
+    return small("gpt2", stack, seed=seed, **(sizes | options))
 
 
-@pytest.fixture(scope="module", params=[PLAIN, BDIAStack], ids=["plain", "bdia"])
-def gpt2(request):
-    return small_gpt2(request.param)
+def small_llama(**options):
+    sizes = {"vocab_size": VOCAB, "max_len": 16, "depth": 2, "head_dim": 6, "rope_theta": 10000.0}
+    return small("llama", PLAIN, seed=2, **(sizes | options))
 
 
-@nnx.jit
-def evaluate(model, tokens):
-    """Logits [B, 10, V] of tokens padded to a length of 10, without a cache, at inference."""
-    model.eval()
-    return model(tokens)
+@pytest.fixture(scope="module")
+def gpt2():
+    return small_gpt2()
 
 
 def logits_of(model, tokens):
+    """By one program for all lengths."""
     padded = jnp.pad(tokens, ((0, 0), (0, 10 - tokens.shape[1])))
-    return np.asarray(evaluate(nnx.clone(model), padded)[:, : tokens.shape[1]])
+    return np.asarray(at_inference(model, padded)[:, : tokens.shape[1]])
 
 
 # --- generate ------------------------------------------------------------------------
 
 
-def test_greedy_tokens_are_those_of_full_recomputation_and_the_model_stays(gpt2):
-    before = nnx.split(nnx.clone(gpt2))
-    actual = generate(gpt2, PROMPT, NEW, temperature=0)
+@pytest.mark.claim("decoding with a cache is the model's own")
+@pytest.mark.parametrize(
+    "make", [partial(small_gpt2, BDIAStack), small_llama, pytest.param(small_gpt2, marks=FULL)]
+)
+def test_greedy_tokens_are_those_of_full_recomputation_and_the_model_stays(make):
+    model = make()
+    before = nnx.split(nnx.clone(model))
+    actual = generate(model, PROMPT, NEW, temperature=0)
     tokens = PROMPT
     for _ in range(NEW):
-        best = np.argmax(logits_of(gpt2, tokens)[:, -1], axis=-1)
+        best = np.argmax(logits_of(model, tokens)[:, -1], axis=-1)
         tokens = jnp.concatenate([tokens, best[:, None]], axis=1)
     np.testing.assert_array_equal(actual, tokens)
     assert len(np.unique(np.asarray(tokens)[:, 4:])) > 2  # not one token over and over
-    after = nnx.split(gpt2)
+    after = nnx.split(model)
     assert before[0] == after[0]
     is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     for a, b in zip(*(jax.tree.leaves(state) for _, state in (before, after)), strict=True):
         assert_same_bits(*(jax.random.key_data(k) if is_key(k) else k for k in (a, b)))
 
 
-def test_logits_with_a_cache_are_those_without(gpt2):
-    tokens = jax.random.randint(KEY, (3, 9), 0, VOCAB)
-    expected = logits_of(gpt2, tokens)
-    model = nnx.clone(gpt2)
-    model.eval()
-    attention = model.stack.blocks.attention
-    attention.cache = Cache(attention, 3, 10)
-    continued = nnx.jit(lambda model, t, p: model(t, positions=p[None]))
-    parts = [continued(model, tokens[:, :4], jnp.arange(4))]
-    parts += [continued(model, tokens[:, i : i + 1], jnp.array([i])) for i in range(4, 9)]
-    # states on the grid of 2^-9 may fall on another point of it
-    tolerance = 1e-5 if gpt2.stack.fixed_point is None else 0.05
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=tolerance)
-    attention.cache = Cache(attention, 3, 10)  # one that has seen nothing
-    forgot = continued(model, tokens[:, 8:], jnp.array([8]))
-    assert np.max(np.abs(forgot[:, 0] - expected[:, 8])) > 0.3
-
-
-def test_draws_follow_the_key_the_temperature_and_top_k():
-    gpt2 = small_gpt2(PLAIN)
+def test_draws_follow_the_key_the_temperature_and_top_k(gpt2):
     draw = partial(generate, gpt2, PROMPT, NEW)
     free = draw(key=KEY)
     np.testing.assert_array_equal(free, draw(key=KEY))
@@ -106,192 +86,183 @@ def test_draws_follow_the_key_the_temperature_and_top_k():
     assert np.max(rank(draw(key=KEY, temperature=3.0))) > 2
 
 
-def test_draws_have_the_probabilities_of_the_softmax():
-    model = small_gpt2(PLAIN)
+def test_draws_have_the_probabilities_of_the_softmax(gpt2):
     prompt = jnp.tile(PROMPT[:1], (4000, 1))
-    drawn = np.asarray(generate(model, prompt, 1, key=KEY, temperature=2.0))[:, -1]
-    expected = jax.nn.softmax(logits_of(model, PROMPT[:1])[0, -1] / 2.0)
+    drawn = np.asarray(generate(gpt2, prompt, 1, key=KEY, temperature=2.0))[:, -1]
+    expected = jax.nn.softmax(logits_of(gpt2, PROMPT[:1])[0, -1] / 2.0)
     frequency = np.bincount(drawn, minlength=VOCAB) / 4000
     np.testing.assert_allclose(frequency, expected, atol=0.03)
     assert 0.1 < np.max(expected) < 0.9
 
 
-def test_after_the_end_token_there_is_nothing_else():
-    gpt2 = small_gpt2(PLAIN)
-    free = np.asarray(generate(gpt2, PROMPT, NEW, key=KEY, temperature=2.0))
+def test_after_the_end_token_there_is_nothing_else(gpt2):
+    draw = partial(generate, gpt2, PROMPT, NEW, key=KEY, temperature=2.0)
+    free = np.asarray(draw())
     end = int(free[0, 5])
-    stopped = np.asarray(generate(gpt2, PROMPT, NEW, key=KEY, temperature=2.0, end_token=end))
+    stopped = np.asarray(draw(end_token=end))
     for a, b in zip(free[:, 4:], stopped[:, 4:], strict=True):
         ended = np.cumsum(a == end) > 0
         np.testing.assert_array_equal(b, np.where(ended, end, a))
     assert np.any(free != stopped)
 
 
-def test_sampling_stops_once_all_have_ended():
-    """The step counts its calls; sequence b ends with its token 9 at index b + 1."""
-    calls = []
-
-    def step(state, tokens, index):
-        jax.debug.callback(lambda i: calls.append(int(i)), index)
-        return state, jnp.zeros((2, 10))
-
-    def choose(logits, index):
-        return jnp.where(index == jnp.arange(2) + 1, 9, index)
-
-    run = jax.jit(partial(sample, step, None, jnp.zeros((2, 10)), 6, choose, 9))
-    tokens = run()
-    jax.effects_barrier()
-    np.testing.assert_array_equal(tokens, [[0, 9, 9, 9, 9, 9], [0, 1, 9, 9, 9, 9]])
-    assert sorted(calls) == [0, 1]
+@pytest.mark.parametrize(
+    "num_tokens, options, message",
+    [
+        (7, {"key": KEY}, "num_tokens is 7, expected 1 to 6"),
+        (1, {}, "temperature is 1.0 and key None"),
+        (1, {"key": KEY, "temperature": -1}, "temperature is -1"),
+        (1, {"key": KEY, "top_k": 13}, "top_k is 13, expected 1 to .*12"),
+    ],
+)
+def test_generate_refuses(gpt2, num_tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(gpt2, PROMPT, num_tokens, **options)
 
 
-def test_generate_refuses():
-    model = small_gpt2(PLAIN)
-    with pytest.raises(ValueError, match=r"num_tokens is 7, expected 1 to 6"):
-        generate(model, PROMPT, 7, key=KEY)
-    with pytest.raises(ValueError, match=r"temperature is 1.0 and key None"):
-        generate(model, PROMPT, 1)
-    with pytest.raises(ValueError, match=r"temperature is -1"):
-        generate(model, PROMPT, 1, key=KEY, temperature=-1)
-    with pytest.raises(ValueError, match=r"top_k is 13, expected 1 to .*12"):
-        generate(model, PROMPT, 1, key=KEY, top_k=13)
+# --- left padding --------------------------------------------------------------------
+
+END = 8  # token 0 is a token like any other
+LONG, SHORT = [3, 1, 4, 1, 5], [2, 6]
+LENGTHS = jnp.array([5, 2])
+PADDED = jnp.array([LONG, [7, 7, 7, *SHORT]])
 
 
-# --- translate -----------------------------------------------------------------------
+def beam_gpt2(vocab_size=9):
+    return small_gpt2(seed=3, vocab_size=vocab_size, max_len=16, dropout_rate=0.0)
 
 
-@pytest.fixture(scope="module", params=["plain", "bdia in bfloat16"])
-def transformer(request):
-    options = {"plain": {"stack": PLAIN}}.get(request.param, {"dtype": jnp.bfloat16})
-    return filled(
-        lambda: Transformer(6, 8, width=16, encoder_depth=2, decoder_depth=2, num_heads=2,
-                            mlp_dim=24, rngs=nnx.Rngs(0), **options),
-        seed=60, scale=0.2,  # greedy misses the best, and not every translation ends
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["gpt2", pytest.param("llama", marks=FULL)], ids=["greedy", "beam"]
+)
+def test_a_padded_batch_continues_each_prompt_as_if_alone(name):
+    if name == "gpt2":
+        run = partial(generate, beam_gpt2(), num_tokens=5, temperature=0)
+        find = lambda *args, **lengths: (run(*args, **lengths)[:, -5:], jnp.zeros(2))  # noqa: E731
+    else:
+        model = small_llama(vocab_size=9)
+        search = {"num_tokens": 5, "beam_size": 3, "end_token": END, "no_repeat_ngram": 2}
+        find = partial(generate_beam, model, **search)
+    tokens, scores = find(PADDED, prompt_lengths=LENGTHS)
+    for i, prompt in enumerate((LONG, SHORT)):
+        alone, score_alone = find(jnp.array([prompt]))
+        np.testing.assert_array_equal(tokens[i], alone[0])
+        np.testing.assert_allclose(scores[i], score_alone[0], atol=1e-4)
+    seen, _ = find(PADDED, prompt_lengths=jnp.array([5, 5]))  # padding taken for tokens
+    np.testing.assert_array_equal(seen[0], tokens[0])
+    assert np.any(seen[1] != tokens[1])
 
 
-@nnx.jit
-def log_probs_of(model, source, target):
-    model.eval()
-    return jax.nn.log_softmax(model(source, target))
+# --- beam search ---------------------------------------------------------------------
 
 
-def score_all(model, tokens, alpha):
-    """Score of each of tokens [N, max_len] for each source, by full recomputation: [B, N]."""
-    target_in = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
-    scores = []
-    for source in SOURCE:
-        repeated = jnp.tile(source, (len(tokens), 1))
-        log_probs = log_probs_of(nnx.clone(model), repeated, target_in)
-        chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-        total = jnp.sum(chosen * (tokens != 0), axis=1)
-        scores.append(total / ((5 + jnp.sum(tokens != 0, axis=1)) / 6) ** alpha)
-    return np.asarray(jnp.stack(scores))
+def score(model, prompt, tokens, end, alpha):
+    """Log-probability / n^alpha of each of tokens [N, T] behind the prompt, evaluated at once."""
+    whole = jnp.concatenate([jnp.tile(jnp.array(prompt), (len(tokens), 1)), tokens], axis=1)
+    after = jax.nn.log_softmax(at_inference(model, whole))[:, len(prompt) - 1 : -1]
+    chosen = np.take_along_axis(np.asarray(after), np.asarray(tokens)[..., None], axis=-1)[..., 0]
+    ended = np.cumsum(tokens == end, axis=1) - (tokens == end) > 0
+    return np.sum(chosen * ~ended, axis=1) / np.sum(~ended, axis=1) ** alpha
 
 
-def score_tolerance(model):
-    """With the cache, sums are in another order: another bfloat16, another point of the grid."""
-    return 1e-4 if model.dtype == jnp.float32 else 0.1
+def repeats(tokens, n):
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) < len(grams)
 
 
-def every_sequence(max_len):
-    """All token sequences a search may return, padded: those that end, and the longest."""
+def every_sequence(vocab_size, end, length):
+    """All that a search may return: those that end, filled with `end`, and the longest."""
     found = set()
-    for tokens in itertools.product(range(1, 6), repeat=max_len):
-        end = tokens.index(EOS) + 1 if EOS in tokens else max_len
-        found.add(tokens[:end] + (0,) * (max_len - end))
-    return jnp.array(sorted(found))
+    for tokens in itertools.product(range(vocab_size), repeat=length):
+        stop = tokens.index(end) + 1 if end in tokens else length
+        found.add(tokens[:stop] + (end,) * (length - stop))
+    return sorted(found)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_full_beam_finds_the_best_of_all_sequences_and_greedy_does_not(transformer, alpha):
-    sequences = every_sequence(3)
-    assert len(sequences) == 1 + 4 + 16 * 5
-    scores = score_all(transformer, sequences, alpha)
-    best = np.argmax(scores, axis=1)
-    find = partial(translate, transformer, SOURCE, 3, length_penalty=alpha)
-    tokens, found = find(beam_size=36)
-    np.testing.assert_array_equal(tokens, sequences[best])
-    np.testing.assert_allclose(found, scores.max(axis=1), atol=score_tolerance(transformer))
-    _, greedy = find(beam_size=1)
-    assert np.max(found - greedy) > 0.5
+@pytest.mark.parametrize(
+    ("n", "of_prompt"), [(2, True), pytest.param(0, True, marks=FULL), (1, False)]
+)
+def test_a_full_beam_finds_the_best_of_all_sequences(n, of_prompt):
+    model, prompt, end = beam_gpt2(vocab_size=5), [2, 0, 2], 4
+    every = every_sequence(5, end, 3)
+    assert len(every) == 1 + 4 + 16 * 5
+    real = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in every]
+    before = prompt if of_prompt else []  # whose n-grams count
+    allowed = [not n or not repeats([*before, *tokens], n) for tokens in real]
+    assert sum(allowed) > 0 and (sum(allowed) < len(every)) == (n > 0)
+    options = {"beam_size": 25, "end_token": end, "early_stopping": "never"}
+    ngrams = {"no_repeat_ngram": n, "ngrams_of_prompt": of_prompt}
+    found = []
+    for alpha in (0.0, 0.9, 4.0):
+        scores = np.where(allowed, score(model, prompt, np.array(every), end, alpha), -np.inf)
+        tokens, found_score = generate_beam(
+            model, jnp.array([prompt]), 3, length_penalty=alpha, **options, **ngrams
+        )
+        assert tuple(tokens[0].tolist()) == every[np.argmax(scores)]
+        np.testing.assert_allclose(found_score[0], scores.max(), atol=1e-4)
+        found.append(tuple(tokens[0].tolist()))
+    assert len(set(found)) > 1  # the length penalty matters
 
 
-def test_a_beam_of_one_is_greedy(transformer):
-    actual, _ = translate(transformer, SOURCE, 6)
-    tokens = np.zeros((3, 6), np.int32)
-    for i in range(6):
-        target_in = np.pad(tokens, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
-        log_probs = log_probs_of(nnx.clone(transformer), SOURCE, jnp.asarray(target_in))
-        best = 1 + np.argmax(np.asarray(log_probs)[:, i, 1:], axis=-1)
-        ended = np.any(tokens == EOS, axis=1)
-        tokens[:, i] = np.where(ended, 0, best)
-    np.testing.assert_array_equal(actual, tokens)
-    assert np.any(tokens == EOS) and np.any(tokens[:, -1] > 0)  # one ends, one does not
+@pytest.mark.full
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_tokens_and_scores_are_those_of_transformers(early_stopping, tmp_path):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    from bdia_jax import interop
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    special = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
+    config = transformers.GPT2Config(**sizes, **special, initializer_range=0.4)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = interop.load(tmp_path, stack=PLAIN, rngs=nnx.Rngs(0))
+    lengths = np.array([5, 2, 3, 4, 1])
+    seen = np.arange(5) >= 5 - lengths[:, None]
+    prompt = np.where(seen, np.random.default_rng(0).integers(8, size=(5, 5)), END)
+    lengths_found = set()
+    for alpha in (-1.0, 0.9, 3.0):
+        expected = theirs.generate(
+            torch.tensor(prompt),
+            attention_mask=torch.tensor(seen),
+            max_new_tokens=6,
+            num_beams=3,
+            length_penalty=alpha,
+            no_repeat_ngram_size=2,
+            early_stopping=early_stopping,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        tokens, scores = generate_beam(
+            ours,
+            jnp.asarray(prompt),
+            6,
+            prompt_lengths=jnp.asarray(lengths),
+            beam_size=3,
+            length_penalty=alpha,
+            no_repeat_ngram=2,
+            end_token=END,
+            early_stopping=early_stopping,
+        )
+        theirs_new = expected.sequences[:, 5:].numpy()
+        theirs_new = np.pad(theirs_new, ((0, 0), (0, 6 - theirs_new.shape[1])), constant_values=END)
+        np.testing.assert_array_equal(tokens, theirs_new)
+        np.testing.assert_allclose(scores, expected.sequences_scores.numpy(), atol=1e-4)
+        lengths_found |= set(np.sum(theirs_new != END, axis=1).tolist())
+    assert len(lengths_found) > 2
 
 
-def test_the_cache_follows_the_beam(transformer):
-    tokens, scores = translate(transformer, SOURCE, 6, beam_size=3)
-    expected = np.stack([score_all(transformer, tokens, 0.6)[i, i] for i in range(3)])
-    np.testing.assert_allclose(scores, expected, atol=score_tolerance(transformer))
-
-
-# Probabilities of pad, bos, eos, a, b. What follows depends on the first token alone: after
-# "a" it is open, after "b" nearly sure. Padding is the likeliest first token.
-_A, _B = 3, 4
-_FIRST = jnp.array([0.5, 0.0, 0.0, 0.3, 0.2])
-_AFTER = {_A: jnp.array([0.0, 0.0, 0.4, 0.3, 0.3]), _B: jnp.array([0.0, 0.0, 0.05, 0.9, 0.05])}
-
-
-def memory_step(follow, first, rows, tokens, index):
-    """Keeps the first token of every row; `follow` says whether it goes where its row goes."""
-    first = jnp.where(index == 1, tokens, first[rows] if follow else first)
-    after = jnp.where((first == _A)[:, None], _AFTER[_A], _AFTER[_B])
-    return first, jnp.log(jnp.where(index == 0, _FIRST, after))
-
-
-def search(beam_size, follow=True):
-    start = jnp.zeros(2 * beam_size, jnp.int32)
-    tokens, scores = beam_search(partial(memory_step, follow), start, 2, 4, beam_size=beam_size,
-                                 length_penalty=0.0, bos=BOS, eos=EOS)  # fmt: skip
-    assert np.all(np.diff(scores) <= 0)
-    np.testing.assert_array_equal(tokens[0], tokens[1])
-    return tuple(tokens[0, 0].tolist()), float(jnp.exp(scores[0, 0]))
-
-
-def test_beam_search_finds_what_greedy_misses_and_never_pads():
-    assert search(1) == ((_A, EOS, 0, 0), pytest.approx(0.3 * 0.4))
-    assert search(2) == ((_B, _A, _A, _A), pytest.approx(0.2 * 0.9**3))
-    assert search(2, follow=False) != search(2)
-
-
-def test_longer_sequences_gain_from_the_length_penalty():
-    table = np.log([[0.2] * 4, [1e-9, 1e-9, 0.5, 0.5], [0.25] * 4, [1e-9, 1e-9, 0.8, 0.2]])
-
-    def step(state, rows, tokens, index):
-        return state, jnp.asarray(table, jnp.float32)[tokens]
-
-    lengths = []
-    for alpha in (0.0, 5.0):
-        tokens, scores = beam_search(step, None, 1, 4, beam_size=8, length_penalty=alpha,
-                                     bos=BOS, eos=EOS)  # fmt: skip
-        lengths.append(int(jnp.sum(tokens[0, 0] != 0)))
-        if alpha:
-            n = lengths[-1]
-            total = np.log(0.5) + np.log(0.2) * (n - 2) + np.log(0.8)
-            np.testing.assert_allclose(scores[0, 0], total / ((5 + n) / 6) ** alpha, rtol=1e-5)
-    assert lengths[0] == 1 and lengths[1] > 1
-
-
-def test_translate_leaves_the_model_and_refuses(transformer):
-    graphdef = nnx.split(transformer)[0]
-    translate(transformer, SOURCE, 3)
-    assert nnx.split(transformer)[0] == graphdef
-    assert transformer.decoder.blocks.attention.cache is None
-    assert not transformer.decoder.deterministic
-    with pytest.raises(ValueError, match="max_len is 9, expected 1 to the model's 8"):
-        translate(transformer, SOURCE, 9)
-    with pytest.raises(ValueError, match="beam_size is 0"):
-        translate(transformer, SOURCE, 3, beam_size=0)
-    with pytest.raises(ValueError, match="eos 0"):
-        translate(transformer, SOURCE, 3, eos=0)
+@pytest.mark.parametrize(
+    "num_tokens, options, message",
+    [
+        (12, {}, "num_tokens is 12, expected 1 to 11"),
+        (1, {"prompt_lengths": jnp.array([5, 2, 1])}, r"shape \(3,\), expected \(2,\)"),
+        (1, {"prompt_lengths": jnp.array([0, 6])}, "prompt_lengths are 0 to 6, expected 1 to 5"),
+        (1, {"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+        (1, {"early_stopping": "soon"}, "early_stopping is 'soon'"),
+    ],
+)
+def test_generate_beam_refuses(num_tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate_beam(beam_gpt2(), PADDED, num_tokens, beam_size=2, end_token=END, **options)

@@ -1,3 +1,5 @@
+"""ResNet: pre-activation blocks, batch statistics in a reversible stack, memory by depth."""
+
 from functools import cache, partial
 
 import jax
@@ -5,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import GRAD_TOLERANCE, assert_grads_close, relative_error
+from toy import assert_grads_close, relative_error
+from toy_models import F32, drifting_stack, loop
 
+from bdia_jax import residual_bytes
 from bdia_jax.models.resnet import BasicBlock, ResNet, Transition
 from bdia_jax.nnx import BDIAStack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
-F32 = GRAD_TOLERANCE[jnp.dtype(jnp.float32)]
-IMAGES = jax.random.normal(jax.random.key(1), (4, 4, 4, 3))
+IMAGES, FEATURES = (
+    jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, channels)), jnp.float32)
+    for channels in (3, 8)
+)
 SMALL = {"image_shape": (4, 4, 3), "num_classes": 5, "widths": (8, 16), "depths": (2, 3)}
-PLAIN = {"magnitude": 0, "fixed_point": None, "backprop": "store"}
 
 
 @cache
@@ -31,10 +36,6 @@ def small_resnet(**attributes):
     return model
 
 
-def loss(model):
-    return jnp.sum(jnp.sin(model(IMAGES, rngs=nnx.Rngs(1))))
-
-
 def statistics(model):
     return jax.tree.leaves(nnx.state(model, nnx.BatchStat))
 
@@ -43,6 +44,7 @@ def statistics(model):
 def gradient(backprop):
     """(the leaves of the gradient, the model afterwards) of one step."""
     model = small_resnet(backprop=backprop)
+    loss = lambda model: jnp.sum(jnp.sin(model(IMAGES, rngs=nnx.Rngs(1))))  # noqa: E731
     grads = nnx.jit(nnx.grad(loss))(model)
     return jax.tree.leaves(grads), model
 
@@ -50,72 +52,44 @@ def gradient(backprop):
 # --- the network ---------------------------------------------------------------------
 
 
-def test_the_default_has_fifteen_blocks_and_the_parameters_they_say():
-    model = nnx.eval_shape(lambda: ResNet(rngs=nnx.Rngs(0)))
-    assert sum(s.depth for s in model.stacks) + len(model.transitions) == 15
-
-    def block(before, after):
-        return 2 * before + 9 * before * after + 2 * after + 9 * after * after
-
-    expected = (
-        9 * 3 * 64
-        + 5 * block(64, 64)
-        + (block(64, 128) + 64 * 128)
-        + 4 * block(128, 128)
-        + (block(128, 256) + 128 * 256)
-        + 4 * block(256, 256)
-        + 2 * 256
-        + (256 * 10 + 10)
-    )
-    counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert counted == expected == 7_427_146
-    logits = nnx.eval_shape(lambda: ResNet(rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))))
-    assert logits.shape == (2, 10) and logits.dtype == jnp.float32
-
-
 def normalized(x):
     return nnx.relu((x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5))
 
 
 def convolved(x, layer, stride=1):
-    layout = ("NHWC", "HWIO", "NHWC")
-    strides = (stride, stride)
     return jax.lax.conv_general_dilated(
-        x, layer.kernel[...], strides, "SAME", dimension_numbers=layout
+        x,
+        layer.kernel[...],
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
 def test_a_block_is_pre_activation_and_a_transition_halves():
     block, transition = BasicBlock(8, rngs=nnx.Rngs(0)), Transition(8, 16, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
 
     @nnx.jit
     def both(block, transition):
-        inner = normalized(convolved(normalized(x), block.conv1))
-        h = convolved(inner, block.conv2)
-        active = normalized(x)
+        active = normalized(FEATURES)
+        h = convolved(normalized(convolved(active, block.conv1)), block.conv2)
         inner = normalized(convolved(active, transition.conv1, 2))
         shortcut = active[:, ::2, ::2] @ transition.shortcut.kernel[0, 0]
         y = shortcut + convolved(inner, transition.conv2)
-        return (block(x), transition(x)), (h, y)
+        return (block(FEATURES), transition(FEATURES)), (h, y)
 
     for actual, expected in zip(*both(block, transition), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_the_plain_resnet_is_the_loop_over_its_blocks():
-    model = small_resnet(**PLAIN)
+    model = small_resnet(magnitude=0, fixed_point=None, backprop="store")
     model.eval()
 
     @nnx.jit
     def both(model):
-        x = model.stem(IMAGES)
-        for stage, stack in enumerate(model.stacks):
-            if stage:
-                x = model.transitions[stage - 1](x)
-            graphdef, state = nnx.split(stack.blocks)
-            for k in range(stack.depth):
-                x = x + nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], state))(x)
+        x = loop(model.stacks[0], model.stem(IMAGES))
+        x = loop(model.stacks[1], model.transitions[0](x))
         return model(IMAGES), model.head(nnx.relu(model.norm(x)).mean((1, 2)))
 
     np.testing.assert_allclose(*both(model), atol=1e-5)
@@ -124,11 +98,14 @@ def test_the_plain_resnet_is_the_loop_over_its_blocks():
 # --- training ------------------------------------------------------------------------
 
 
+@pytest.mark.full
+@pytest.mark.claim("gradients equal store's")
 def test_every_gradient_equals_store():
     assert len(gradient("reversible")[0]) == 2 * 6 + 7 + 1 + 2 + 2
     assert_grads_close(gradient("reversible")[0], gradient("store")[0], F32)
 
 
+@pytest.mark.full
 def test_a_step_updates_the_statistics_once():
     stepped, stored = (statistics(gradient(b)[1]) for b in ("reversible", "store"))
     model = small_resnet()
@@ -152,18 +129,25 @@ def test_a_step_updates_the_statistics_once():
     np.testing.assert_allclose(mean, 0.1 * x.mean((0, 1, 2)), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def audit(dtype, stack=BDIAStack):
+    make_block = lambda rngs: BasicBlock(8, dtype=dtype, rngs=rngs)  # noqa: E731
+    return stack(make_block, 5, rngs=nnx.Rngs(0)).audit(FEATURES)
+
+
+@pytest.mark.claim("rebuild is exact")
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.full), jnp.bfloat16])
 def test_its_blocks_are_rebuilt_exactly(dtype, optimized):
-    stack = BDIAStack(partial(_basic_block, dtype), 5, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 8))
-    audit = stack.audit(x)
-    assert audit.exact and audit.mismatches.shape == (4,), audit
+    found = audit(dtype)
+    assert found.exact and found.mismatches.shape == (4,), found
 
 
-def _basic_block(dtype, rngs):
-    return BasicBlock(8, dtype=dtype, rngs=rngs)
+@pytest.mark.full
+@pytest.mark.control("rebuild is exact")
+def test_control_blocks_that_drift_are_not():
+    assert not audit(jnp.float32, drifting_stack).exact
 
 
+@pytest.mark.full
 def test_inference_takes_the_running_statistics():
     model = small_resnet()
     model.eval()
@@ -178,38 +162,32 @@ def test_inference_takes_the_running_statistics():
     assert relative_error(alone, together[:1]) > 0.1
 
 
-def residual_bytes(backprop, depths):
-    """What jax.vjp holds for the backward pass, beyond parameters and statistics."""
-    stack = partial(BDIAStack, backprop=backprop)
-    options = SMALL | {"depths": depths, "stack": stack}
+def held(backprop, depths):
+    options = SMALL | {"depths": depths, "stack": partial(BDIAStack, backprop=backprop)}
     model = nnx.eval_shape(lambda: ResNet(**options, rngs=nnx.Rngs(0)))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def vjp(params, rest):
-        run = lambda params: nnx.merge(graphdef, params, rest, copy=True)(IMAGES)  # noqa: E731
-        return jax.vjp(run, params)[1]
-
-    leaves = jax.tree.leaves(jax.eval_shape(vjp, params, rest))
-    held = jax.tree.leaves((params, nnx.state(model, nnx.BatchStat)))
-    return sum(y.size * y.dtype.itemsize for y in leaves) - sum(y.size * 4 for y in held)
+    return sum(residual_bytes(lambda model: model(IMAGES), model).values())
 
 
+@pytest.mark.claim("memory of a block is its side bits")
+@pytest.mark.control("memory of a block is its side bits")
 def test_an_added_block_costs_its_side_bits():
     state = 4 * 4 * 4 * 8  # elements, in stage 1
-    growth = residual_bytes("reversible", (8, 2)) - residual_bytes("reversible", (4, 2))
+    growth = held("reversible", (8, 2)) - held("reversible", (4, 2))
     # two bits an element, and gamma and random keys, which are smaller than that
     assert state * 2 / 8 <= growth / 4 < state
-    control = residual_bytes("store", (8, 2)) - residual_bytes("store", (4, 2))
-    assert control / 4 > 4 * 4 * state
+    stored = held("store", (8, 2)) - held("store", (4, 2))
+    assert stored / 4 > 4 * 4 * state
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"images have shape \(4, 4, 4\)"):
-        small_resnet()(IMAGES[..., 0])
-    for options, message in [
+@pytest.mark.parametrize(
+    "options, message",
+    [
         ({"depths": (1, 1)}, "stage 1 needs at least 2"),
         ({"depths": (1, 2, 2)}, "one of each per stage"),
         ({"image_shape": (5, 4, 3)}, r"\(5, 4, 3\).*divisible by 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ResNet(**(SMALL | options), rngs=nnx.Rngs(0))
+        ({}, r"images have shape \(4, 4, 4\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: ResNet(**(SMALL | options), rngs=nnx.Rngs(0))(IMAGES[..., 0]))

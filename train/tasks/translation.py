@@ -12,7 +12,7 @@ from flax import nnx
 from pydantic import Field
 
 from bdia_jax.models.transformer import Transformer
-from bdia_jax.text.generate import translate
+from bdia_jax.text.translate import translate
 from train.config import LIST, Amount, Config, Count, Input, Int, ModelConfig, Share, checked
 from train.data.text import PairBucket, encode_pairs, read_texts
 from train.data.tokens import EOS, PAD, SMALLEST_BPE, Bpe, Tokenizer, largest_tokenizer
