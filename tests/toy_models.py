@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from toy import GRAD_TOLERANCE
 
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.linformer import LinformerAttention
@@ -15,7 +16,6 @@ from bdia_jax.models.llama import Llama
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.models.vit import ViT
 from bdia_jax.nnx import BDIAStack
-from toy import GRAD_TOLERANCE
 
 F32, BF16 = (GRAD_TOLERANCE[jnp.dtype(dtype)] for dtype in (jnp.float32, jnp.bfloat16))
 STORE = partial(BDIAStack, backprop="store")

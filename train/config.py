@@ -1,7 +1,8 @@
 """The frozen form of an experiment's config, checked once at the door (`train.tasks.open_config`).
 
 What a field may be stands beside it. What depends on other fields is checked by the class that
-knows: `Config`, the input of a task, or the model.
+knows: `Config`, the input of a task, or the model. (The file is over 300 lines because all fields
+of a config stand in one place.)
 """
 
 import dataclasses

@@ -100,7 +100,7 @@ def test_a_model_is_saved_as_the_type_that_can_say_it(options, expected):
     sizes = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8}
     model = nnx.eval_shape(lambda: Llama(9, 4, **sizes, **options, rngs=nnx.Rngs(0)))
     if expected is None:
-        with pytest.raises(ValueError, match="no model_type has .*qkv_bias"):
+        with pytest.raises(ValueError, match=r"no model_type has .*qkv_bias"):
             llama.config(model, {})
         return
     written = llama.config(model, {"model_type": "llama"})
