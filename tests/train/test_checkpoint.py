@@ -1,7 +1,6 @@
 """Checkpoints: what comes back is what was saved, on any mesh, or something older and a line."""
 
 import asyncio
-import contextlib
 import json
 import resource
 import shutil
@@ -218,15 +217,12 @@ def test_nothing_starts_anew_when_all_are_damaged(copied):
     assert sorted(copied.rglob("*")) == before
 
 
-def test_another_model_or_other_examples_are_not_damage(copied):
+def test_another_run_is_no_damage_another_step_is(copied, capsys):
     with pytest.raises(ValueError, match=r"trained on other examples .fingerprint f, now g"):
         restore(copied, fingerprint="g")
     with pytest.raises(ValueError, match=r"params.w was .'float32', .64, 48.., is .*64, 50"):
         restore(copied, width=50)
     assert int(restore(copied, fingerprint="f")["step"]) == 4
-
-
-def test_a_checkpoint_under_another_step_is_damaged(copied, capsys):
     (copied / "checkpoints/4").rename(copied / "checkpoints/9")
     assert int(restore(copied)["step"]) == 2
     assert "it is of step 4" in capsys.readouterr().out
@@ -235,29 +231,23 @@ def test_a_checkpoint_under_another_step_is_damaged(copied, capsys):
 # --- a full disk ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def files_up_to(size):
-    """A larger file cannot be written: the limit of the process, as of a full disk."""
+@pytest.fixture
+def full_disk():
+    """No file can have more than 100,000 bytes: the limit of the process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's writes
-def test_a_save_that_fails_leaves_the_one_before(copied):
+def test_a_save_that_fails_leaves_the_one_before(copied, full_disk):
     large = make_state(6) | {"more": jax.random.normal(jax.random.key(0), (100_000,))}
     message = r"checkpoint of step 6 could not be written .*File too large; the one of step 4 stays"
-    with (
-        files_up_to(100_000),
-        pytest.raises(ValueError, match=message),
-        Checkpoints(copied) as checkpoints,
-    ):
+    with pytest.raises(ValueError, match=message), Checkpoints(copied) as checkpoints:
         checkpoints.save(6, large)
         checkpoints.wait()
     assert same_bits(restore(copied), make_state(4))
-    with Checkpoints(copied) as checkpoints:  # now there is room
+    with Checkpoints(copied) as checkpoints:  # a smaller one has room
         checkpoints.save(6, make_state(6))
     assert same_bits(restore(copied), make_state(6))

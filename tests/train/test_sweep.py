@@ -15,7 +15,6 @@ import train.sweep as program
 from train.loop.log import read_records
 from train.report import Run, read_sweep, report, rows
 from train.report import main as report_main
-from train.run.experiment import load_experiment
 from train.sweep import EXPERIMENTS, sweep
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -82,16 +81,18 @@ def test_failed_run_does_not_stop_the_others(tmp_path, data_dir):
         report(tmp_path / "x", tmp_path / "out")
 
 
-def test_bad_names(tmp_path):
-    new = str(tmp_path / "x")
-    with pytest.raises(ValueError, match=r"no 'rnn' in .*; its runs are bdia, plain"):
-        sweep(DIGITS, new, "smoke", ["rnn"])
-    with pytest.raises(ValueError, match="is no experiment"):
-        load_experiment("configs/nothing.py")
-    with pytest.raises(ValueError, match="no RUNS"):
-        load_experiment("configs/common.py")
-    with pytest.raises(ValueError, match="does not fit configs"):
-        sweep(DIGITS, new, "smoke", None, {"model.no_such": 1})
+@pytest.mark.parametrize(
+    ("file", "runs", "overrides", "message"),
+    [
+        (DIGITS, ["rnn"], {}, r"no 'rnn' in .*; its runs are bdia, plain"),
+        ("configs/nothing.py", None, {}, "is no experiment"),
+        ("configs/common.py", None, {}, "no RUNS"),
+        (DIGITS, None, {"model.no_such": 1}, "does not fit configs"),
+    ],
+)
+def test_bad_names(tmp_path, file, runs, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(file, str(tmp_path / "x"), "smoke", runs, overrides)
     assert not (tmp_path / "x").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be used"):

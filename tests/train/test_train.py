@@ -266,37 +266,13 @@ def test_paper_configs():
         assert (model.num_heads, model.mlp_dim, model.dropout_rate) == (8, 512, 0.1)
 
 
-def run_program(compile_cache, *arguments):
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": compile_cache}
-    return subprocess.run(
-        [sys.executable, "-m", "train", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | quick,
-    )
-
-
-@pytest.mark.full
-def test_unprepared_data_is_told_at_once(tmp_path, compile_cache):
-    config = ["--config=configs/vit_cifar10.py", f"--config.data_dir={tmp_path}"]
-    done = run_program(compile_cache, *config, f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: dataset cifar10 is not prepared")
-    assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_command_line_trains(straight, tmp_path, data_dir, compile_cache):
-    done = run_program(
-        compile_cache,
-        "--config=configs/vit_digits.py:smoke",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data_dir={data_dir}",
-        "--config.num_steps=6",  # the program of `straight`, whose compilation is cached
-        "--config.warmup_steps=2",
-    )
+    """As `straight` does, whose compiled programs it takes."""
+    command = [sys.executable, "-m", "train", "--config=configs/vit_digits.py:smoke"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.data_dir={data_dir}"]
+    command += ["--config.num_steps=6", "--config.warmup_steps=2"]
+    like_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": compile_cache}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | like_here)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1].startswith("step 2/6 33%  loss ")

@@ -61,11 +61,9 @@ def test_a_damaged_config_is_named(tmp_path, config, text):
     ("name", "message"),
     [
         ("", "name a folder"),
-        ("  ", "name a folder"),
         ("a\0b", "zero byte"),
         ("x" * 300, "File name too long"),
         ("/proc/run", "cannot be used"),
-        ("/dev/null", "cannot be used"),
         ("/dev/null/run", "cannot be used: Not a directory"),
     ],
 )

@@ -69,12 +69,10 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
 
     @classmethod
     def parse(cls, files: dict[str, bytes]) -> dict[str, list[Example]]:
-        splits: dict[str, list[Example]] = {}
+        splits = {}
         for split, batches in cls.LAYOUT.batches.items():
-            examples = splits.setdefault(split, [])
-            for name in batches:
-                for example in cls._parse_batch(name, files[name]):
-                    examples.append({"id": f"{split}_{len(examples):05d}", **example})
+            found = (each for name in batches for each in cls._parse_batch(name, files[name]))
+            splits[split] = [{"id": f"{split}_{n:05d}", **each} for n, each in enumerate(found)]
         return splits
 
     @classmethod
