@@ -24,7 +24,7 @@ from benchmarks import tables
 from train.datasets import registry
 from train.inference.open_run import open_run
 from train.loop.train import train
-from train.sweep import load_experiment
+from train.run.experiment import load_experiment
 from train.tasks import TASKS, open_config
 
 ROOT = Path(__file__).parent.parent

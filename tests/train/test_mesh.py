@@ -151,7 +151,7 @@ print(len(task.train_groups[0].images), *task.train_sizes, fingerprint, file=sys
 
 def test_a_mesh_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"mesh.fsdp is 0"):
-        MeshConfig(1, 0, 1, 1)
+        MeshConfig(data=1, fsdp=0, tensor=1, sequence=1)
     with pytest.raises(ValueError, match=r"3 \(fsdp \* tensor \* sequence\) does not divide the 8"):
         open_mesh(MeshConfig(-1, 3, 1, 1))
     assert open_mesh(MeshConfig(1, 1, 1, 1)) is None
