@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 
 _FLAG = "--xla_force_host_platform_device_count"
@@ -12,9 +13,10 @@ if "jax" not in sys.modules and _FLAG not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 pytest_plugins = ["pytester", "tiers"]
+
+_COMPILED_AT_MOST = 2 * 2**30  # bytes; what grew beyond is thrown away
 
 settings.register_profile("bdia", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bdia")
@@ -26,6 +28,18 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
+
+
+def pytest_configure(config):
+    """A program compiled once is loaded where it is needed again, by another worker or run, too."""
+    folder = config.rootpath / ".pytest_cache" / "d" / "compiled"  # --cache-clear empties it
+    if not hasattr(config, "workerinput") and folder.exists():
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        if size > _COMPILED_AT_MOST:
+            shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(items):
@@ -52,20 +66,10 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("tfds"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """A program compiled once is loaded where it is needed again, by the other worker too."""
-    run = tmp_path_factory.getbasetemp()
-    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "compiled"
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    return str(folder)
+@pytest.fixture(scope="session")
+def compile_cache():
+    """Where compiled programs are, for processes that a test starts."""
+    return jax.config.values["jax_compilation_cache_dir"]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import bdia_jax
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+assert EXAMPLES
 
 
 def load(path):
@@ -20,6 +21,8 @@ def load(path):
     return module
 
 
+@pytest.mark.full
+@pytest.mark.claim("the examples say what is so")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, capsys):
     load(path).main(num_steps=3)
@@ -31,6 +34,7 @@ def test_example(path, capsys):
     assert "\nexact with" in printed and " 0 of " in printed and "differ" in printed
 
 
+@pytest.mark.control("the examples say what is so")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_its_assertions_can_fail(path, monkeypatch):
     main = load(path).main

@@ -75,12 +75,16 @@ def worst(tree, other):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(tree, other, strict=True))
 
 
+@pytest.mark.full
+@pytest.mark.claim("a mesh trains as one device")
+@pytest.mark.control("a mesh trains as one device")
 def test_two_processes_then_other_devices_train_as_one_device_does(
     tmp_path, data_dir, compile_cache, monkeypatch
 ):
     """Two devices each; then eight of one process, from what the two had saved half-way."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as here
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compile_cache)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     changes = {"data_dir": data_dir, "num_steps": 8, "checkpoint_every_steps": 4}
     config = replace(CONFIG, **changes)
     train(config, str(tmp_path / "one"))
@@ -90,7 +94,8 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     arguments += ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
     assert launch(arguments, processes=2, devices=2) == 0
     two = params_of(tmp_path / "two", data_dir)
-    assert worst(two, one) < 1e-5
+    # sums over devices round otherwise, by how much depends on the processor: 1.3e-5 were seen
+    assert worst(two, one) < 5e-5
 
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")  # as if it had been stopped
     records = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -99,12 +104,13 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     resumed = params_of(tmp_path / "two", data_dir)
     starts = [r["step"] for r in read_records(tmp_path / "two") if r["kind"] == "start"]
     assert starts == [0, 4]
-    assert 0 < worst(resumed, two) < 1e-5
-    other = replace(CONFIG, **changes, seed=1)  # the control
+    assert 0 < worst(resumed, two) < 5e-5
+    other = replace(config, seed=1)  # the control
     train(other, str(tmp_path / "other"))
     assert worst(params_of(tmp_path / "other", data_dir), one) > 1e-2
 
 
+<<<<<<< HEAD
 def test_a_fingerprint_is_of_every_example():
     task = points()
     (group,), (held_out,) = task.train_groups, task.eval_groups
@@ -116,10 +122,13 @@ def test_a_fingerprint_is_of_every_example():
     assert data_fingerprint(points(), None) == data_fingerprint(task, None)
 
 
+=======
+>>>>>>> tiers
 @pytest.mark.full
 def test_two_processes_read_half_of_the_examples_each(data_dir):
     script = """
 import sys
+<<<<<<< HEAD
 from dataclasses import replace
 from train.devices.processes import join
 join(False, sys.argv[1], 2, int(sys.argv[2]))
@@ -133,6 +142,19 @@ config = replace(config, data_dir=sys.argv[3], mesh=MeshConfig(-1, 1, 1, 1))
 task = load_task(config)
 fingerprint = data_fingerprint(task, open_mesh(config.mesh))
 print(len(task.train_groups[0].images), *task.train_sizes, fingerprint, file=sys.stderr)
+=======
+from train.devices.processes import data_fingerprint, join
+join(False, sys.argv[1], 2, int(sys.argv[2]))
+from configs import vit_digits
+from train.devices.mesh import open_mesh
+from train.tasks import load_task, open_config
+config = vit_digits.get_config("smoke")
+config.data_dir, config.mesh.data = sys.argv[3], -1
+config = open_config(config)
+task = load_task(config)
+print(len(task.train_groups[0].images), *task.train_sizes, file=sys.stderr)
+print(data_fingerprint(task, open_mesh(config.mesh)), file=sys.stderr)
+>>>>>>> tiers
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
