@@ -57,9 +57,10 @@ class LinformerAttention(Attention):
             raise ValueError(f"x has shape {x.shape}, expected num_tokens = {num_tokens} tokens")
         if mask is not None:
             raise ValueError("mask given, but tokens are mixed before attention; use Attention")
+        q = self.query(x)
         k = _mix_tokens(self.project_keys[...], self.key(x))
         v = _mix_tokens(self.project_values[...], self.value(x))
-        q, k, v = map(self._heads, (self.query(x), k, v))
+        q, k, v = map(self._heads, (q, k, v))
         return self._output(attend(q, k, v, implementation=self.implementation))
 
 

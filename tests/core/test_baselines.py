@@ -1,3 +1,5 @@
+"""Stacks that rebuild in floating point: other networks, nearly right gradients, drift."""
+
 from functools import cache, partial
 
 import jax
@@ -6,18 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 from toy import assert_grads_close, assert_same_bits, relative_error
+from toy_models import block_of
 
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
-from bdia_jax.nnx import BDIAStack, stacked_params
+from bdia_jax.nnx import BDIAStack, BranchedBlock, stacked_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 # rebuilt inexactly by nature: gradients agree for shallow stacks (see test_float_scan.py)
 SHALLOW = 1e-3
-X = jax.random.normal(jax.random.key(3), (4, 5, 13))
+X = jnp.asarray(np.random.default_rng(3).normal(size=(4, 5, 13)), jnp.float32)
 STACKS = [RevStack, MidpointStack, FloatBDIAStack]
+EVERY = pytest.mark.parametrize(
+    "stack", [RevStack, *(pytest.param(s, marks=pytest.mark.full) for s in STACKS[1:])]
+)
 
 
-class Block(nnx.Module):
+class Block(BranchedBlock):
+    branches = ("f", "g")
+
     def __init__(self, rngs, rate=0.0):
         self.first = nnx.Linear(13, 13, rngs=rngs)
         self.second = nnx.Linear(13, 13, rngs=rngs)
@@ -27,12 +35,8 @@ class Block(nnx.Module):
         h = self.dropout(nnx.tanh(self.first(x)))
         return h if shift is None else h + shift
 
-    def g(self, x):
+    def g(self, x, shift=None):
         return nnx.tanh(self.second(x))
-
-    def __call__(self, x, shift=None):
-        f = self.f(x, shift)
-        return f + self.g(x + f)
 
 
 Dropout = partial(Block, rate=0.3)
@@ -58,11 +62,6 @@ def make(stack, block=Block, depth=4, **attributes):
     for name, value in attributes.items():
         setattr(stack, name, value)
     return stack
-
-
-def block_of(stack, k):
-    graphdef, state = nnx.split(stack.blocks)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[k], state))
 
 
 @cache
@@ -116,14 +115,15 @@ def test_float_bdia_is_bdia_without_fixed_point():
 # --- gradients, dropout, state -------------------------------------------------------
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.claim("shallow float stacks have nearly store's gradients")
+@EVERY
 def test_reversible_gradients_are_close_to_store(stack):
     (reversible, _), (stored, _) = (gradient(stack, Dropout, b) for b in ("reversible", "store"))
     assert len(reversible) == 5  # two kernels, two biases, the shared input
     assert_grads_close(reversible, stored, SHALLOW)
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@EVERY
 def test_dropout_differs_by_call_and_follows_rngs(stack):
     stack = make(stack, Dropout, depth=2)
     run = nnx.jit(lambda stack, rngs: stack(X, rngs=rngs))
@@ -131,6 +131,7 @@ def test_dropout_differs_by_call_and_follows_rngs(stack):
     assert relative_error(run(stack, nnx.Rngs(1)), run(stack, nnx.Rngs(2))) > 0.01
 
 
+@pytest.mark.full
 def test_batch_statistics_are_updated_once_a_step_and_equally_by_store():
     (reversible, stack), (stored, other) = (
         gradient(MidpointStack, Norm, b) for b in ("reversible", "store")
@@ -166,6 +167,7 @@ def test_float_bdia_at_inference_is_differentiated_by_store():
 # --- drift, and the rest -------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_rebuild_errors_of_the_stacks(optimized):
     errors = {s: np.asarray(make(s, depth=24).rebuild_errors(X)) for s in STACKS}
     assert all(e.shape == (24,) for e in errors.values())

@@ -1,4 +1,6 @@
-from functools import cache
+"""Reversible scans in floating point: the recurrence, its gradients, memory, and drift."""
+
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from bdia_jax.baselines.float_scan import (
 
 pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
 # The states are rebuilt inexactly by nature, so gradients agree for shallow stacks only:
-# `test_gradients_are_lost_in_a_deep_stack` is the other side of it.
+# `test_control_gradients_are_lost_in_a_deep_stack` is the other side of it.
 SHALLOW = 1e-3
 SCHEMES = ["midpoint", "two_stream", "float_bdia"]
+EVERY = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def block(params, x, shift, mask):
@@ -41,16 +44,14 @@ def functions(scheme):
 
 @cache
 def case(depth, batch=3):
-    """(params, x_prev, x, consts)."""
-    keys = jax.random.split(jax.random.key(depth), 5)
-    params = {
-        "w": jax.random.normal(keys[0], (depth, 7, 7)) / 7**0.5,
-        "v": jax.random.normal(keys[1], (depth, 7, 7)) / 7**0.5,
-        "key": jax.random.split(keys[2], depth),
-        "layer": jnp.arange(depth),
-    }
-    x_prev, x = jax.random.normal(keys[3], (2, batch, 5, 7))
-    return params, x_prev, x, ({"s": jnp.linspace(-1.0, 1.0, 7)}, jnp.arange(7) % 2 == 0)
+    """(floats, other params, x_prev, x, consts)."""
+    generator = np.random.default_rng(depth)  # jax.random would compile for every shape
+    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)  # noqa: E731
+    floats = {"w": normal(depth, 7, 7) / 7**0.5, "v": normal(depth, 7, 7) / 7**0.5}
+    keys = generator.integers(2**32, size=(depth, 2), dtype=np.uint32)
+    others = {"key": jax.random.wrap_key_data(jnp.asarray(keys)), "layer": jnp.arange(depth)}
+    consts = {"s": jnp.linspace(-1.0, 1.0, 7)}, jnp.arange(7) % 2 == 0
+    return floats, others, normal(batch, 5, 7), normal(batch, 5, 7), consts
 
 
 def coefficients(scheme, depth, batch=3):
@@ -59,16 +60,21 @@ def coefficients(scheme, depth, batch=3):
     return {"midpoint": midpoint, "two_stream": two_stream}[scheme](depth)
 
 
-def drop_aux(block_fn):
-    return lambda *args: block_fn(*args)[0]
+def scan(scheme, floats, x_prev, x, shift, scan=float_scan, **options):
+    """(states, aux) of the case as deep as floats."""
+    depth = len(floats["w"])
+    _, others, _, _, (_, mask) = case(depth)
+    scheme_ = coefficients(scheme, depth)
+    params = floats | others
+    return scan(functions(scheme), params, x_prev, x, scheme_, shift, mask, has_aux=True, **options)
 
 
 # --- forward -------------------------------------------------------------------------
 
 
 def by_hand(scheme, depth):
-    params, x_prev, x, consts = case(depth)
-    params_of = [jax.tree.map(lambda leaf, k=k: leaf[k], params) for k in range(depth)]
+    floats, others, x_prev, x, consts = case(depth)
+    params_of = [jax.tree.map(lambda leaf, k=k: leaf[k], floats | others) for k in range(depth)]
     f, g = (lambda k, x, fn=fn: fn(params_of[k], x, *consts)[0] for fn in (block, second))
     if scheme == "two_stream":
         x1, x2 = x_prev, x
@@ -87,18 +93,11 @@ def by_hand(scheme, depth):
     return x_prev, x
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@EVERY
 def test_the_forward_is_the_recurrence_written_out(scheme):
-    params, x_prev, x, consts = case(4)
-
-    @jax.jit
-    def both():
-        run = lambda backprop: float_scan(  # noqa: E731
-            functions(scheme), params, x_prev, x, coefficients(scheme, 4), *consts,
-            backprop=backprop, has_aux=True,
-        )  # fmt: skip
-        return run("reversible"), run("store"), by_hand(scheme, 4)
-
+    floats, _, x_prev, x, (shift, _) = case(4)
+    run = partial(scan, scheme, floats, x_prev, x, shift)
+    both = jax.jit(lambda: (run(), run(backprop="store"), by_hand(scheme, 4)))
     (states, aux), (stored, _), expected = both()
     for actual, other, e in zip(states, stored, expected, strict=True):
         np.testing.assert_allclose(actual, e, atol=1e-5)
@@ -112,18 +111,15 @@ def test_the_forward_is_the_recurrence_written_out(scheme):
 
 def gradient(scheme, backprop, depth):
     """By w, v, x_prev, x and shift, of a loss that sees both states and all aux."""
-    params, x_prev, x, (shift, mask) = case(depth)
+    floats, _, x_prev, x, (shift, _) = case(depth)
 
-    def loss(floats, x_prev, x, shift):
-        states, aux = float_scan(
-            functions(scheme), params | floats, x_prev, x, coefficients(scheme, depth),
-            shift, mask, backprop=backprop, has_aux=True,
-        )  # fmt: skip
+    def loss(used, x_prev, x, shift):
+        states, aux = scan(scheme, floats | used, x_prev, x, shift, backprop=backprop)
         weights = jnp.cos(jnp.arange(depth))
         powers = sum(jnp.sum(weights * a["power"]) for a in aux)
         return jnp.sum(jnp.sin(states[0])) + jnp.sum(jnp.cos(states[1])) + powers
 
-    used = {"w": params["w"], "v": params["v"]} if scheme == "two_stream" else {"w": params["w"]}
+    used = floats if scheme == "two_stream" else {"w": floats["w"]}
     ct_floats, ct_x_prev, *rest = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(used, x_prev, x, shift)
     if scheme == "two_stream":
         return ct_floats, ct_x_prev, *rest
@@ -131,135 +127,120 @@ def gradient(scheme, backprop, depth):
     return ct_floats, *rest
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.claim("shallow float stacks have nearly store's gradients")
+@EVERY
 def test_every_gradient_is_close_to_plain_autodiff(scheme):
     assert_grads_close(gradient(scheme, "reversible", 4), gradient(scheme, "store", 4), SHALLOW)
 
 
-def test_gradients_are_lost_in_a_deep_stack():
+@pytest.mark.control("shallow float stacks have nearly store's gradients")
+def test_control_gradients_are_lost_in_a_deep_stack():
     exact, rebuilt = (gradient("float_bdia", b, 40)[0]["w"] for b in ("store", "reversible"))
     assert relative_error(rebuilt[-4:], exact[-4:]) < SHALLOW
     assert not relative_error(rebuilt[:4], exact[:4]) < 0.1
 
 
-def test_a_first_step_without_history_divides_by_nothing():
-    params, x_prev, x, _ = case(4)
+def tanh_layer(w, x):
+    return jnp.tanh(x @ w)
 
-    def loss(w, scheme):
-        return jnp.sum(float_scan((lambda w, x: jnp.tanh(x @ w),), w, x_prev, x, scheme)[1])
+
+def test_a_first_step_without_history_divides_by_nothing():
+    floats, _, x_prev, x, _ = case(4)
+
+    def gradient(scheme):
+        loss = lambda w: jnp.sum(float_scan((tanh_layer,), w, x_prev, x, scheme)[1])  # noqa: E731
+        return jax.grad(loss)(floats["w"])
 
     broken = jax.tree.map(jnp.asarray, midpoint(4))
     broken = broken._replace(a=broken.a.at[2].set(0.0))
     with jax.debug_infs(True):  # not under jit, which drops the unused x_{-1}
-        assert np.all(np.isfinite(jax.grad(loss)(params["w"], midpoint(4))))
-    assert not np.any(np.isfinite(jax.jit(jax.grad(loss))(params["w"], broken)[0]))
+        assert np.all(np.isfinite(gradient(midpoint(4))))
+    assert not np.any(np.isfinite(jax.jit(gradient)(broken)[0]))
 
 
 def test_leaves_without_gradient_get_float0_and_bfloat16_its_own():
-    params, x_prev, x, consts = case(3)
+    floats, others, x_prev, x, consts = case(3)
+    ones = Coefficients(*np.ones((3, 3, 1), np.float32))
 
     def loss(params, x, consts):
-        scheme = two_stream(3)
-        return float_scan((drop_aux(block),), params, x_prev, x, scheme, *consts)[1].sum()
+        params = params | {"key": others["key"]}
+        whole = lambda *args: block(*args)[0]  # noqa: E731
+        return float_scan((whole,), params, x_prev, x, ones, *consts)[1].sum()
 
-    with pytest.raises(ValueError, match=r"a has shape \(6, 1\), expected \[3, 3\] or \[3, 1\]"):
-        loss(params, x, consts)
-
-    def loss(params, x, consts):
-        ones = Coefficients(*np.ones((3, 3, 1), np.float32))
-        return float_scan((drop_aux(block),), params, x_prev, x, ones, *consts)[1].sum()
-
-    params_ = {name: leaf for name, leaf in params.items() if name != "key"}
-    grad = jax.grad(lambda p, *rest: loss(p | {"key": params["key"]}, *rest), (0, 1, 2),
-                    allow_int=True)  # fmt: skip
-    ct_params, ct_x, ct_consts = grad(params_, x.astype(jnp.bfloat16), consts)
+    params = floats | {"layer": others["layer"]}
+    grad = jax.grad(loss, (0, 1, 2), allow_int=True)
+    ct_params, ct_x, ct_consts = grad(params, x.astype(jnp.bfloat16), consts)
     assert ct_params["layer"].dtype == ct_consts[1].dtype == jax.dtypes.float0
     assert ct_x.dtype == jnp.bfloat16 and np.any(ct_params["w"]) and np.any(ct_consts[0]["s"])
 
 
-def test_no_gradient_flows_into_the_coefficients():
-    params, x_prev, x, consts = case(3)
+@pytest.mark.parametrize("backprop", ["reversible", "store"])
+def test_no_gradient_flows_into_the_coefficients(backprop):
+    floats, _, x_prev, x, _ = case(3)
 
-    def loss(gamma, backprop):
+    def loss(gamma):
+        scheme = float_bdia(gamma)
         return jnp.sum(
-            float_scan((drop_aux(block),), params, x_prev, x, float_bdia(gamma), *consts,
-                       backprop=backprop)[1]
-        )  # fmt: skip
+            float_scan((tanh_layer,), floats["w"], x_prev, x, scheme, backprop=backprop)[1]
+        )
 
-    gamma = bdia.sample_gamma(jax.random.key(0), 3, 3)
-    for backprop in ("reversible", "store"):
-        assert not np.any(jax.grad(loss)(gamma, backprop))
+    assert not np.any(jax.grad(loss)(bdia.sample_gamma(jax.random.key(0), 3, 3)))
 
 
-def tanhs(scheme, backprop):
-    params, x_prev, x, consts = case(3)
-    fns = tuple(drop_aux(fn) for fn in functions(scheme))
-    loss = lambda w: jnp.sum(  # noqa: E731
-        float_scan(fns, params | {"w": w}, x_prev, x, coefficients(scheme, 3), *consts,
-                   backprop=backprop)[1]
-    )  # fmt: skip
-    return str(jax.make_jaxpr(jax.grad(loss))(params["w"])).count("= tanh ")
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
+@EVERY
 def test_each_function_is_evaluated_once_on_the_way_back(scheme):
-    assert tanhs(scheme, "reversible") == 2 * len(functions(scheme))
-    assert tanhs(scheme, "store") == len(functions(scheme))
+    floats, _, x_prev, x, (shift, _) = case(3)
+
+    def tanhs(backprop):
+        def loss(w):
+            states, _ = scan(scheme, floats | {"w": w}, x_prev, x, shift, backprop=backprop)
+            return jnp.sum(states[1])
+
+        return str(jax.make_jaxpr(jax.grad(loss))(floats["w"])).count("= tanh ")
+
+    assert tanhs("reversible") == 2 * len(functions(scheme))
+    assert tanhs("store") == len(functions(scheme))
 
 
 # --- memory --------------------------------------------------------------------------
 
 
-def residual_bytes(scheme, backprop, depth):
-    """What jax.vjp holds for the backward pass, beyond the parameters."""
-    params, _, x, consts = case(depth)
-    fns = tuple(drop_aux(fn) for fn in functions(scheme))
-
-    def vjp(floats, x):
-        def forward(floats, x):
-            scheme_ = coefficients(scheme, depth)
-            return float_scan(fns, params | floats, x, x, scheme_, *consts, backprop=backprop)
-
-        return jax.vjp(forward, floats, x)[1]
-
-    floats = {"w": params["w"], "v": params["v"]}
-    leaves = jax.tree.leaves(jax.eval_shape(vjp, floats, x))
-    held = jax.tree.leaves(floats)
-    return sum(y.size * y.dtype.itemsize for y in leaves) - sum(y.size * 4 for y in held)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.claim("float stacks keep two states")
+@pytest.mark.control("float stacks keep two states")
+@EVERY
 def test_the_residuals_do_not_grow_by_states(scheme):
+    def held(backprop, depth):
+        floats, _, _, x, (shift, _) = case(depth)
+        loss = lambda floats, x: scan(scheme, floats, x, x, shift, backprop=backprop)[0]  # noqa: E731
+        return sum(bdia.residual_bytes(loss, floats, x).values())
+
     state = 4 * 3 * 5 * 7
-    growth = residual_bytes(scheme, "reversible", 24) - residual_bytes(scheme, "reversible", 8)
+    growth = held("reversible", 24) - held("reversible", 8)
     # coefficients, the key and the layer of a block, and nothing of a state's size
     assert 0 < growth / 16 < state / 4
-    control = residual_bytes(scheme, "store", 24) - residual_bytes(scheme, "store", 8)
-    assert control / 16 > state
+    stored = held("store", 24) - held("store", 8)
+    assert stored / 16 > state
 
 
 # --- drift ---------------------------------------------------------------------------
 
 
+@cache
 def errors_of(scheme, depth=24):
-    params, x_prev, x, consts = case(depth)
-    return np.asarray(
-        rebuild_errors(
-            functions(scheme), params, x_prev, x, coefficients(scheme, depth), *consts,
-            has_aux=True,
-        )
-    )  # fmt: skip
+    floats, _, x_prev, x, (shift, _) = case(depth)
+    return np.asarray(scan(scheme, floats, x_prev, x, shift, scan=rebuild_errors))
 
 
+@pytest.mark.control("rebuild is exact")
 def test_float_bdia_drifts_and_fixed_point_does_not(optimized):
     errors = errors_of("float_bdia")
     assert errors.shape == (24,) and errors[-1] == 0
     assert np.all(errors[:-1] > 0)
     # gamma = +-1/2 doubles it with every block: measured over runs of five, on the way down
     assert np.all(errors[:20:5] > 4 * errors[4:24:5])
-    params, _, x, consts = case(24)
+    floats, others, _, x, consts = case(24)
     gamma = bdia.sample_gamma(jax.random.key(9), 24, 3)
-    audit = bdia.audit(block, params, x, gamma, *consts, has_aux=True)
+    audit = bdia.audit(block, floats | others, x, gamma, *consts, has_aux=True)
     assert audit.exact and not audit.mismatches.any()
 
 
@@ -272,11 +253,11 @@ def test_the_others_drift_less_but_do(scheme, optimized):
 
 @pytest.mark.parametrize("scheme", ["midpoint", "two_stream"])
 def test_there_is_no_drift_where_float_arithmetic_is_exact(scheme):
-    params, _, x, _ = case(24)
+    floats, _, _, x, _ = case(24)
     steps = lambda p, x: jnp.round(3 * jnp.sin(x))  # noqa: E731
     fns = (steps,) * len(functions(scheme))
     x = jnp.round(4 * x)
-    assert not np.any(rebuild_errors(fns, params, x, x, coefficients(scheme, 24)))
+    assert not np.any(rebuild_errors(fns, floats, x, x, coefficients(scheme, 24)))
 
 
 # --- refusals ------------------------------------------------------------------------
@@ -291,20 +272,16 @@ def test_there_is_no_drift_where_float_arithmetic_is_exact(scheme):
         ({"coefficients": midpoint(4)}, r"a has shape \(4, 1\), expected \[3, 3\] or \[3, 1\]"),
         ({"coefficients": float_bdia(np.zeros((3, 1), np.float32))}, "a is 0 in step 1.*'store'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_is_refused(change, message):
-    params, x_prev, x, _ = case(3)
-    options = {"backprop": "reversible"} | change
-    arguments = {
-        "block_fns": (lambda p, x: x @ p["w"],), "params": params, "x_prev": x_prev, "x": x,
-        "coefficients": midpoint(3),
-    } | {name: value for name, value in options.items() if name != "backprop"}  # fmt: skip
+    floats, _, x_prev, x, _ = case(3)
+    arguments = {"block_fns": (tanh_layer,), "params": floats["w"], "x_prev": x_prev, "x": x}
     with pytest.raises(ValueError, match=message):
-        float_scan(*arguments.values(), backprop=options["backprop"])
+        float_scan(**({"coefficients": midpoint(3)} | arguments | change))
 
 
 def test_store_takes_coefficients_that_cannot_be_undone():
-    params, x_prev, x, _ = case(3)
+    floats, _, x_prev, x, _ = case(3)
     euler = float_bdia(np.zeros((3, 1), np.float32))
-    _, y = float_scan((lambda p, x: 0 * x,), params, x_prev, x, euler, backprop="store")
+    _, y = float_scan((lambda p, x: 0 * x,), floats, x_prev, x, euler, backprop="store")
     np.testing.assert_array_equal(y, x)

@@ -15,7 +15,8 @@ from toy import GRAD_TOLERANCE, assert_grads_close
 from toy_models import filled
 
 from bdia_jax import FixedPoint, memory_report
-from bdia_jax.models.blocks import Attention, PreNormBlock
+from bdia_jax.models.attention import Attention
+from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.resnet import BasicBlock
 from bdia_jax.nnx import BDIAStack
 
@@ -60,6 +61,7 @@ def check(batch, tokens, width, depth, dtype, precision, guard_bits):
     return audit
 
 
+@pytest.mark.full
 def test_the_check_itself_at_toy_size(unoptimized):
     audit = check(**TOY, dtype=jnp.bfloat16, precision="default", guard_bits=4)
     assert audit.elements == 160 and audit.exact
@@ -87,7 +89,8 @@ def test_the_suggested_guard_bits_are_enough_on_the_gpu(dtype):
 def check_convolutions(batch, size, width, dtype):
     """A ResNet's stage, whose convolution kernels may differ between the passes: bits suggested
     by the audit are enough."""
-    stack = BDIAStack(partial(make_basic_block, width, dtype), 5, rngs=nnx.Rngs(0))
+    make_block = lambda rngs: BasicBlock(width, dtype=dtype, rngs=rngs)  # noqa: E731
+    stack = BDIAStack(make_block, 5, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (batch, size, size, width))
     audit = stack.audit(x, rngs=nnx.Rngs(1))
     print(f"{dtype.__name__} {audit}")
@@ -99,10 +102,7 @@ def check_convolutions(batch, size, width, dtype):
     return audit
 
 
-def make_basic_block(width, dtype, rngs):
-    return BasicBlock(width, dtype=dtype, rngs=rngs)
-
-
+@pytest.mark.full
 def test_the_check_of_convolutions_at_toy_size(unoptimized):
     assert check_convolutions(2, 4, 8, jnp.float32).elements == 2 * 4 * 4 * 8
 
@@ -154,6 +154,7 @@ def check_flash(width, depth, tokens, implementation):
     return "__cudnn$fmha" in text, weights is not None, memory_report(compiled).temporaries
 
 
+@pytest.mark.full
 def test_the_check_of_attention_at_toy_size(unoptimized):
     has_cudnn, has_weights, _ = check_flash(32, 2, 24, "xla")
     assert has_weights and not has_cudnn

@@ -82,6 +82,8 @@ def test_nothing_is_executed():
     jax.effects_barrier()
 
 
+@pytest.mark.claim("a reversible gradient needs least memory")
+@pytest.mark.control("a reversible gradient needs least memory")
 def test_a_gradient_needs_least_when_it_is_reversible():
     reversible, remat, store = map(gradient_report, ("reversible", "remat", "store"))
     assert reversible.temporaries < remat.temporaries < store.temporaries
@@ -174,6 +176,7 @@ def test_arguments_are_not_residuals_and_integers_are_not_differentiated():
     assert residual_bytes(loss, X, label) == {}
 
 
+@pytest.mark.claim("memory of a block is its side bits")
 def test_residuals_of_a_stack_are_two_states_and_the_side_bits():
     fp = FixedPoint(guard_bits=3)
     sizes = residual_bytes(loss_of("reversible", fp), *abstract_stack())
@@ -183,6 +186,7 @@ def test_residuals_of_a_stack_are_two_states_and_the_side_bits():
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
 
 
+@pytest.mark.control("memory of a block is its side bits")
 @pytest.mark.parametrize("backprop, width", [("remat", WIDTH), ("store", HIDDEN)])
 def test_control_other_residuals_are_stacked_activations(backprop, width):
     largest, size = next(iter(residual_bytes(loss_of(backprop), *abstract_stack()).items()))

@@ -1,7 +1,5 @@
 """A stack's dtype: bfloat16 blocks under float32 parameters and states; guard bits by audit."""
 
-import json
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -11,26 +9,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
-from toy_models import filled
+from toy import assert_grads_close, relative_error
+from toy_models import BF16, filled
 
 from bdia_jax import FixedPoint, linen, lora
 from bdia_jax._flax import cast_floats
-from bdia_jax.audit import Audit
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
-from benchmarks import mixed_precision
-from configs import translation_enfr, vit_digits
-from train.loop import guard_bits
-from train.loop import train as training
-from train.loop.log import read_records
-from train.tasks import load_task, open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
-BF16 = GRAD_TOLERANCE[jnp.dtype(jnp.bfloat16)]
 WIDTH = 13
-X = 2 * jax.random.normal(jax.random.key(3), (4, 5, WIDTH))
+X = jnp.asarray(2 * np.random.default_rng(3).normal(size=(4, 5, WIDTH)), jnp.float32)
 CONST = jnp.linspace(-1.0, 1.0, WIDTH)
 
 
@@ -110,6 +100,8 @@ def test_it_is_the_stack_of_layers_that_name_the_dtype():
     assert Block.seen[0][0].dtype == jnp.bfloat16 and Block.seen[0][-1].dtype == jnp.float32
 
 
+@pytest.mark.full
+@pytest.mark.claim("gradients equal store's")
 def test_gradients_reach_float32_parameters_and_consts():
     expected = gradient(make(Block, backprop="store"))
     actual = gradient(make(Block))
@@ -117,6 +109,7 @@ def test_gradients_reach_float32_parameters_and_consts():
     assert_grads_close(actual, expected, BF16)
 
 
+@pytest.mark.claim("rebuild is exact")
 def test_the_rebuild_of_bfloat16_blocks_is_exact(optimized):
     audit = make(Block).audit(X, CONST, rngs=nnx.Rngs(1))
     assert audit.exact and audit.max_drift == 0, audit
@@ -145,9 +138,9 @@ def test_float_baselines_have_it_too(stack_class):
     seen = []
 
     class Seeing(PreNormBlock):
-        def g(self, x):
+        def g(self, x, *consts):
             seen.append(self.mlp_norm.scale.dtype)
-            return super().g(x)
+            return super().g(x, *consts)
 
     def run(dtype):
         stack = stack_class(
@@ -191,22 +184,18 @@ class LinenBlock(nn.Module):
         return h if const is None else h + const
 
 
+@pytest.mark.full
 def test_linen_stack_has_the_same_dtype():
-    stacks = {
-        dtype: linen.BDIAStack(LinenBlock(), 4, dtype=dtype) for dtype in (None, jnp.bfloat16)
-    }
-    variables = stacks[None].init(jax.random.key(0), X, deterministic=True)
-    for dtype, stack in stacks.items():
-        leaves = jax.tree.leaves(jax.eval_shape(partial(stack.init, deterministic=True), KEY, X))
-        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}, dtype
+    plain, half = (linen.BDIAStack(LinenBlock(), 4, dtype=dtype) for dtype in (None, jnp.bfloat16))
+    key = jax.random.key(1)
+    variables = jax.jit(partial(plain.init, deterministic=True))(key, X)
+    leaves = jax.tree.leaves(jax.eval_shape(partial(half.init, deterministic=True), key, X))
+    assert {leaf.dtype for leaf in leaves} == {X.dtype}
 
     def call(stack, params, const):
-        return stack.apply(
-            variables | {"params": params},
-            *(X, const),
-            **{"deterministic": False, "train": True},
-            **{"rngs": {"gamma": KEY}, "mutable": ["batch_stats"]},
-        )
+        given, modes = variables | {"params": params}, {"deterministic": False, "train": True}
+        rngs, mutable = {"gamma": key}, ["batch_stats"]
+        return stack.apply(given, X, const, **modes, rngs=rngs, mutable=mutable)
 
     def gradient(stack):
         def loss(params, const):
@@ -215,14 +204,11 @@ def test_linen_stack_has_the_same_dtype():
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], CONST)
 
-    y, _ = jax.jit(partial(call, stacks[None]))(variables["params"], CONST)
-    actual, (y16, state) = gradient(stacks[jnp.bfloat16])
+    y, _ = jax.jit(partial(call, plain))(variables["params"], CONST)
+    actual, (y16, state) = gradient(half)
     assert {leaf.dtype for leaf in jax.tree.leaves((actual, y16, state))} == {X.dtype}
     assert 1e-5 < relative_error(y16, y) < BF16
-    assert_grads_close(actual, gradient(stacks[jnp.bfloat16].clone(backprop="store"))[0], BF16)
-
-
-KEY = jax.random.key(1)
+    assert_grads_close(actual, gradient(half.clone(backprop="store"))[0], BF16)
 
 
 # --- guard bits ----------------------------------------------------------------------
@@ -255,6 +241,8 @@ def drifting(quanta, **options):
     return BDIAStack(block, 4, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.claim("guard bits are chosen by audit")
+@pytest.mark.control("guard bits are chosen by audit")
 def test_the_chosen_number_is_exact_and_the_one_before_was_not(monkeypatch):
     audits, audit = [], BDIAStack.audit
 
@@ -278,116 +266,15 @@ def test_without_drift_the_least_is_taken(at_least, chosen):
     assert stack.fixed_point == FixedPoint(frac_bits=7, guard_bits=chosen)
 
 
-@pytest.mark.parametrize(("drift", "x", "message"), [
-    (300.0, X, "no number of guard bits is enough for a drift of"),
-    (0.0, X.at[0, 0, 0].set(jnp.nan), "elements of the states are NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("drift", "x", "message"),
+    [
+        (300.0, X, "no number of guard bits is enough for a drift of"),
+        (0.0, X.at[0, 0, 0].set(jnp.nan), "elements of the states are NaN"),
+    ],
+)
 def test_where_no_number_helps_the_stack_stays_as_it_is(drift, x, message):
     stack = drifting(drift)
     with pytest.raises(ValueError, match=message):
         stack.choose_guard_bits(x)
     assert stack.fixed_point == FixedPoint()
-
-
-# --- the benchmark -------------------------------------------------------------------
-
-
-def test_the_benchmarks_blocks_without_a_dtype_are_the_librarys_blocks():
-    x = X[..., :8]
-
-    def block(rngs):
-        return PreNormBlock(8, 2, 8, rngs=rngs)
-
-    def run(make, **options):
-        stack = filled(lambda: make(block, 2, rngs=nnx.Rngs(0), **options))
-        pure = stack.pure(nnx.Rngs(1), lambda block, x: block(x))
-        params = jax.tree.map(lambda leaf: leaf[0], pure.params)
-        return jax.jit(pure.block_fns[0])(params, x)[0]
-
-    expected = run(BDIAStack)
-    assert_same_bits(run(mixed_precision.plain_stack), expected)
-    h = run(mixed_precision.plain_stack, dtype=jnp.bfloat16)
-    assert h.dtype == jnp.bfloat16 and 1e-5 < relative_error(h, expected) < BF16
-
-
-def test_the_benchmark_measures_differences_against_the_scatter():
-    def row(by):
-        losses = np.array([[9.0, 9.0, 9.0], *[[1.0, 2.0, 3.0]] * 5]) + by
-        return {"train_loss": losses.tolist(), "held_out": {"loss": [4.0, 6.0, 8.0 + by]}}
-
-    compared = mixed_precision.compare({"float32": row(0.0), "other": row(0.5)})
-    found = compared["other"]["train_loss"]
-    assert found["difference"] == found["difference_in_scatters"] == 0.5 and found["mean"] == 2.5
-    assert found["standard_error"] == 0.0 and found["scatter"] == 1.0
-    held_out = compared["other"]["held_out_loss"]
-    assert held_out["standard_error"] == pytest.approx(held_out["difference"]) == 0.5 / 3
-
-
-# --- in the training program ---------------------------------------------------------
-
-
-def make_config(module, data_dir, **changes):
-    config = module.get_config("smoke").unlock()
-    config.update({"data_dir": data_dir, "guard_bits": -1, "num_steps": 2, "warmup_steps": 1})
-    config.update(changes)
-    return open_config(config.lock())
-
-
-def finds(guard_bits, calls):
-    """In place of `BDIAStack.choose_guard_bits`, which compiles for long."""
-
-    def choose(stack, x, *consts, rngs):
-        calls.append((x.shape, [leaf.shape for leaf in jax.tree.leaves(consts)]))
-        one = np.zeros(1)
-        found = FixedPoint(guard_bits=guard_bits(stack))
-        return Audit(found, x.size, one, one, one, one, 0, 0, 0.75, found.guard_bits)
-
-    return choose
-
-
-def test_the_program_is_compiled_with_the_number_chosen(data_dir, tmp_path, monkeypatch, capsys):
-    calls, built = [], []
-    monkeypatch.setattr(BDIAStack, "choose_guard_bits", finds(lambda _: 2, calls))
-    make = training.make_program
-    record = lambda config, task: built.append(config.guard_bits) or make(config, task)  # noqa: E731
-    monkeypatch.setattr(training, "make_program", record)
-    config = make_config(vit_digits, data_dir, model={"dropout_rate": 0.0})
-    training.train(config, str(tmp_path))
-    assert calls == [((32, 17, 16), [])] and built == [-1, 2]
-    (start,) = (record for record in read_records(tmp_path) if record["kind"] == "start")
-    assert (start["guard_bits"], start["max_drift"], start["audited"]) == (2, 0.75, 32 * 17 * 16)
-    assert "guard bits: 2, chosen by an audit of 8,704 rebuilt" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text())["guard_bits"] == -1
-    training.train(config, str(tmp_path))  # the same run: finished
-    with pytest.raises(ValueError, match="guard_bits was -1, is 2"):
-        training.train(replace(config, guard_bits=2), str(tmp_path))
-
-
-def test_every_stack_of_a_model_is_audited_on_its_own_inputs(data_dir, monkeypatch):
-    config = make_config(translation_enfr, data_dir, dataset="numbers_enfr")
-    task = load_task(config)
-    model = filled(lambda: task.make_model(nnx.Rngs(0)))
-    inputs = guard_bits.stack_inputs(config, task, model)
-    assert set(inputs) == {("encoder",), ("decoder",)}
-    x, (mask, memory, memory_mask) = inputs[("decoder",)]
-    assert len(x) == len(memory) == config.batch_size and mask.dtype == memory_mask.dtype == bool
-    calls = []
-    choose = finds(lambda stack: 2 if stack is model.encoder else 4, calls)
-    monkeypatch.setattr(BDIAStack, "choose_guard_bits", choose)
-    chosen, facts = guard_bits.choose(replace(config, batch_chunks=2), task, model)
-    assert chosen.guard_bits == facts["guard_bits"] == 4
-    half = config.batch_size // 2
-    sizes = [(x[0], [leaf[0] for leaf in consts]) for x, consts in calls]
-    assert sizes == [(half, [half] * 3), (half, [half])]  # the decoder first, with its memory
-
-
-@pytest.mark.parametrize(("changes", "chooses"), [
-    ({}, True), ({"guard_bits": 2}, False), ({"backprop": "store"}, False),
-])  # fmt: skip
-def test_only_a_reversible_run_chooses(changes, chooses):
-    config = make_config(vit_digits, "", **changes)
-    assert config.chooses_guard_bits == chooses
-    its = config.model_arguments["stack"].keywords["fixed_point"]
-    assert its.guard_bits == max(1, config.guard_bits)
-    with pytest.raises(ValueError, match="guard_bits is -2, expected at least -1"):
-        make_config(vit_digits, "", guard_bits=-2)

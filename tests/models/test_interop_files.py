@@ -1,7 +1,7 @@
 """Hugging Face folders that are damaged, or of another model: what is said, and what is left."""
 
 import json
-from functools import partial
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,38 +10,39 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from toy import assert_same_bits
-from toy_models import filled
+from toy_models import small
 
-from bdia_jax import interop
+from bdia_jax import interop, lora
 from bdia_jax.baselines import MidpointStack
 from bdia_jax.interop.layout import Entry, check_settings
 from bdia_jax.models.gpt2 import GPT2
-from bdia_jax.models.linformer import LinformerAttention
-from bdia_jax.models.vit import ViT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SMALL = {"vocab_size": 11, "max_len": 6, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
+SIZES = {"vocab_size": 11, "max_len": 6, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
 NAME = "transformer.h.1.mlp.c_fc.weight"
 
 
-def gpt2(**options):
-    return filled(lambda: GPT2(**(SMALL | options), rngs=nnx.Rngs(0)))
-
-
 def abstract(**options):
-    return nnx.eval_shape(lambda: GPT2(**(SMALL | options), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: GPT2(**(SIZES | options), rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return gpt2()
+    return small("gpt2", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "gpt2"
+    interop.save(model, folder)
+    return folder
 
 
 @pytest.fixture
-def folder(model, tmp_path):
-    interop.save(model, tmp_path / "gpt2")
-    return tmp_path / "gpt2"
+def folder(saved, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "gpt2")
 
 
 def change_tensors(folder, change):
@@ -53,12 +54,6 @@ def change_tensors(folder, change):
 def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def assert_same_params(a, b):
-    for x, y in zip(*(nnx.state(m, nnx.Param).flat_state() for m in (a, b)), strict=True):
-        assert x[0] == y[0]
-        assert_same_bits(x[1][...], y[1][...])
 
 
 def refused(folder, message, error=ValueError, like=None, **options):
@@ -73,13 +68,13 @@ def test_a_folder_is_what_was_saved(model, folder):
     assert left_in(folder.parent) == ["gpt2"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     again = interop.load(folder, rngs=nnx.Rngs(0))
-    assert_same_params(model, again)
     # what is no parameter is as if the model had been made
-    made = GPT2(**SMALL, rngs=nnx.Rngs(0))
-    for a, b in zip(
-        *(nnx.state(m, nnx.Not(nnx.Param)).flat_state() for m in (again, made)), strict=True
-    ):
-        assert a[0] == b[0] and jnp.array_equal(a[1][...], b[1][...])
+    made = GPT2(**SIZES, rngs=nnx.Rngs(0))
+    for kind, other in ((nnx.Param, model), (nnx.Not(nnx.Param), made)):
+        states = (nnx.to_flat_state(nnx.state(m, kind)) for m in (again, other))
+        for (path, a), (other_path, b) in zip(*states, strict=True):
+            assert path == other_path and a.dtype == b.dtype
+            assert jnp.array_equal(a[...], b[...])
 
 
 def test_shards_hold_no_more_than_asked_and_are_read(model, tmp_path):
@@ -119,43 +114,64 @@ def test_old_files_hold_masks_and_the_tied_projection_too(folder, model):
     change_tensors(folder, lambda t: t.pop("transformer.wte.weight"))  # the other is the same
     params = interop.read_params(folder, abstract())
     assert_same_bits(params["embedding"][...], model.embedding[...])
-    change_tensors(folder, lambda t: t.update({"wte.weight": t["lm_head.weight"] + 1}))
+    change_tensors(folder, adding("wte.weight", lambda t: t["lm_head.weight"] + 1))
     refused(folder, r"lm_head.weight in .* is not equal to transformer.wte.weight.*untied")
+
+
+def setting(at, value):
+    return lambda tensors: tensors[NAME].__setitem__(at, value)
+
+
+def adding(name, make):
+    return lambda tensors: tensors.update({name: make(tensors)})
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda t: t.pop(NAME), rf"{NAME} is missing in .*gpt2.*take a complete"),
-        (lambda t: t.update({"h.2.ln_1.bias": t["transformer.ln_f.bias"]}),
-         r"h.2.ln_1.bias in .*model.safetensors is no tensor of this model"),
-        (lambda t: t.update({"lm_head.bias": np.zeros(11, np.float32)}),
-         r"lm_head.bias in .* is no tensor"),
-        (lambda t: t[NAME].__setitem__((3, 2), np.nan),
-         rf"{NAME} in .*model.safetensors has 1 elements that are NaN .*\[3, 2\]"),
-        (lambda t: t[NAME].__setitem__((0, 1), -np.inf), rf"{NAME} in .* infinite"),
-        (lambda t: t.update({NAME: t[NAME].astype(np.int8)}), rf"{NAME} in .* dtype I8.*converted"),
-        (lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}), "is there as .* too"),
-        (lambda t: t.update({NAME: t[NAME].T.copy()}),
-         rf"{NAME} in .* has shape \[12, 8\], but \[8, 12\] .*stack.blocks.mlp.hidden.kernel"),
+        (
+            adding("h.2.ln_1.bias", lambda t: t["transformer.ln_f.bias"]),
+            r"h.2.ln_1.bias in .*model.safetensors is no tensor of this model",
+        ),
+        (
+            adding("lm_head.bias", lambda _: np.zeros(11, np.float32)),
+            r"lm_head.bias in .* is no tensor",
+        ),
+        (
+            setting((3, 2), np.nan),
+            rf"{NAME} in .*model.safetensors has 1 elements that are NaN .*\[3, 2\]",
+        ),
+        (setting((0, 1), -np.inf), rf"{NAME} in .* infinite"),
+        (adding(NAME, lambda t: t[NAME].astype(np.int8)), rf"{NAME} in .* dtype I8.*converted"),
+        (adding("wte.weight", lambda t: t["transformer.wte.weight"]), "is there as .* too"),
+        (
+            adding(NAME, lambda t: t[NAME].T.copy()),
+            rf"{NAME} in .* has shape \[12, 8\], but \[8, 12\] .*stack.blocks.mlp.hidden.kernel",
+        ),
     ],
     ids=["missing", "a block more", "unexpected", "nan", "inf", "int8", "twice", "transposed"],
-)  # fmt: skip
+)
 def test_a_wrong_tensor_is_named_with_its_file(folder, change, message):
     change_tensors(folder, change)
     refused(folder, message)
 
 
-def test_another_model_is_named_by_the_first_tensor_that_differs(folder):
-    refused(
-        folder,
-        r"wte.weight in .* \[11, 8\], but \[12, 8\].*embedding",
-        like=abstract(vocab_size=12),
-    )
-    refused(folder, r"h.2.ln_1.weight is missing", like=abstract(depth=3))
-    refused(folder, r"h.1.\S+ in .* is no tensor", like=abstract(depth=1))
-    refused(folder, r"LayerNorm has no Hugging Face format.*GPT2.*ViT", like=nnx.eval_shape(
-        lambda: nnx.LayerNorm(3, rngs=nnx.Rngs(0))))  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"vocab_size": 12}, r"wte.weight in .* \[11, 8\], but \[12, 8\].*embedding"),
+        ({"depth": 3}, r"h.2.ln_1.weight is missing"),
+        ({"depth": 1}, r"h.1.\S+ in .* is no tensor"),
+    ],
+)
+def test_another_model_is_named_by_the_first_tensor_that_differs(saved, options, message):
+    refused(saved, message, like=abstract(**options))
+
+
+def test_a_model_without_a_format_is_named(saved):
+    like = nnx.eval_shape(lambda: nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
+    refused(saved, r"LayerNorm has no Hugging Face format.*GPT2.*ViT", like=like)
 
 
 def test_what_is_kept_is_not_read(folder):
@@ -163,7 +179,7 @@ def test_what_is_kept_is_not_read(folder):
     refused(folder, r"wpe.weight.*keep=\('positions',\)", like=longer)
     params = interop.read_params(folder, longer, keep=("positions",))
     assert "positions" not in params and "embedding" in params
-    change_tensors(folder, lambda t: t[NAME].__setitem__((0, 0), np.nan))
+    change_tensors(folder, setting((0, 0), np.nan))
     params = interop.read_params(folder, abstract(), keep=("stack.blocks.mlp",))
     assert "mlp" not in params["stack"]["blocks"]
     refused(folder, r"keep has 'stack.block', where the model has no", keep=("stack.block",))
@@ -255,21 +271,13 @@ def test_a_folder_with_something_in_it_is_not_touched(model, tmp_path):
     assert left_in(tmp_path) == ["empty", "full"]
 
 
-class Widened(nnx.Module):
-    """A Linear with an adapter."""
-
-    def __init__(self, linear):
-        self.linear, self.adapter = linear, nnx.Param(jnp.zeros((2, 3)))
-
-
 def with_nan(model):
-    model.stack.blocks.mlp.out.bias[...] = (
-        model.stack.blocks.mlp.out.bias[...].at[1, 2].set(jnp.nan)
-    )
+    bias = model.stack.blocks.mlp.out.bias
+    bias[...] = bias[...].at[1, 2].set(jnp.nan)
 
 
 def with_adapter(model):
-    model.stack.blocks.mlp.hidden = Widened(model.stack.blocks.mlp.hidden)
+    lora.add(model, ("mlp.hidden",), rank=1, alpha=1.0, rngs=nnx.Rngs(0))
 
 
 def with_gamma(model):
@@ -281,40 +289,26 @@ def with_activation(model):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, options, change, message",
     [
-        (with_nan, r"h.1.mlp.c_proj.bias in the model has 1 elements that are NaN .*\[2\]"),
-        (with_adapter, r"mlp.hidden.adapter.*merge adapters first"),
-        (with_gamma, r"stack.inference_gamma is 0.2.*set it to 0"),
-        (lambda model: None, r"source/config.json is not there"),
+        ("gpt2", {}, with_nan, r"h.1.mlp.c_proj.bias in the model has 1 .* are NaN .*\[2\]"),
+        ("gpt2", {}, with_adapter, r"mlp.hidden.lora_a.*merge adapters first"),
+        ("gpt2", {}, with_gamma, r"stack.inference_gamma is 0.2.*set it to 0"),
+        ("gpt2", {}, None, r"source/config.json is not there"),
+        ("vit", {"stack": MidpointStack}, None, "MidpointStack, another network"),
+        ("linformer", {}, None, "project_keys.*take the standard attention"),
+        ("vit", {}, with_activation, "activation is .*config.json has no name for"),
     ],
-    ids=["nan", "adapter", "gamma", "source"],
 )
-def test_nothing_is_left_after_a_save_that_failed(tmp_path, change, message):
-    model = gpt2()
-    change(model)
-    source = None if change in (with_nan, with_adapter, with_gamma) else tmp_path / "source"
+def test_what_cannot_be_saved_is_named_and_nothing_is_left(
+    tmp_path, name, options, change, message
+):
+    model = small(name, **options)
+    source = tmp_path / "source" if message.startswith("source") else None
+    if change is not None:
+        change(model)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         interop.save(model, tmp_path / "new", source=source, max_shard_bytes=500)
-    assert left_in(tmp_path) == []
-
-
-def small_vit(**options):
-    shape = {"image_shape": (4, 4, 3), "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
-    return filled(lambda: ViT(**(shape | options), rngs=nnx.Rngs(0)))
-
-
-def test_another_network_is_not_saved(tmp_path):
-    linformer = partial(LinformerAttention, num_tokens=2, projected=1)
-    other = small_vit()
-    other.stack.blocks.mlp.activation = jnp.sin
-    for model, message in (
-        (small_vit(stack=MidpointStack), "MidpointStack, another network"),
-        (small_vit(attention=linformer), "project_keys.*take the standard attention"),
-        (other, "activation is .*config.json has no name for"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            interop.save(model, tmp_path / "vit")
     assert left_in(tmp_path) == []
 
 
@@ -323,21 +317,20 @@ def test_the_source_hands_on_its_tokenizer_and_its_settings(model, folder, tmp_p
     for name in ("tokenizer.json", "merges.txt", "README.md"):
         (folder / name).write_text(name)
     interop.save(model, tmp_path / "new", source=folder)
-    assert left_in(tmp_path / "new") == [
-        "config.json", "merges.txt", "model.safetensors", "tokenizer.json",
-    ]  # fmt: skip
+    taken = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    assert left_in(tmp_path / "new") == taken
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["eos_token_id"] == 7 and config["note"] == "mine"
     assert config["n_embd"] == 8 and config["dtype"] == "float32" and "torch_dtype" not in config
 
 
 def test_names_of_classes_stay_if_there_are_as_many(tmp_path):
-    interop.save(small_vit(num_classes=3), tmp_path / "a")
+    interop.save(small("vit", num_classes=3), tmp_path / "a")
     labels = {"0": "cat", "1": "dog", "2": "eel"}
     change_config(tmp_path / "a", id2label=labels)
     for num_classes, expected in ((3, labels), (2, {"0": "LABEL_0", "1": "LABEL_1"})):
         target = tmp_path / str(num_classes)
-        interop.save(small_vit(num_classes=num_classes), target, source=tmp_path / "a")
+        interop.save(small("vit", num_classes=num_classes), target, source=tmp_path / "a")
         config = json.loads((target / "config.json").read_text())
         assert config["id2label"] == expected
         assert config["label2id"] == {v: int(k) for k, v in expected.items()}
@@ -349,9 +342,8 @@ def test_names_of_classes_stay_if_there_are_as_many(tmp_path):
 def test_parameters_side_by_side_are_one_tensor(model, folder):
     entry = Entry(("blocks.q", "blocks.k"), "l.{}.qk")
     arrays = [np.arange(2 * 4 * n, dtype=np.float32).reshape(2, 4, n) for n in (3, 2)]
-    assert entry.shapes({"blocks.q": arrays[0], "blocks.k": arrays[1]}) == {
-        "l.0.qk": (4, 5), "l.1.qk": (4, 5),
-    }  # fmt: skip
+    shapes = entry.shapes({"blocks.q": arrays[0], "blocks.k": arrays[1]})
+    assert shapes == {"l.0.qk": (4, 5), "l.1.qk": (4, 5)}
     for part, array in zip(dict(entry.views(arrays))["l.1.qk"], arrays, strict=True):
         np.testing.assert_array_equal(part, array[1])
         assert np.shares_memory(part, array)

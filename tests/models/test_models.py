@@ -197,9 +197,9 @@ def test_at_inference_it_is_the_plain_model_up_to_rounding():
 
 def test_rngs_decide_dropout_and_gamma_and_inference_needs_none():
     model = small("vit", dropout_rate=0.1)
-    draw = nnx.jit(lambda model, seed: model(IMAGES, rngs=nnx.Rngs(seed)))
-    assert_same_bits(draw(model, 5), draw(model, 5))
-    assert np.any(draw(model, 5) != draw(model, 6))
+    draw = nnx.jit(lambda model, rngs: model(IMAGES, rngs=rngs))
+    assert_same_bits(draw(model, nnx.Rngs(5)), draw(model, nnx.Rngs(5)))
+    assert np.any(draw(model, nnx.Rngs(5)) != draw(model, nnx.Rngs(6)))
     own = nnx.jit(lambda model: model(IMAGES))
     assert np.any(own(model) != own(model))
     model.eval()
