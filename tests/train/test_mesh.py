@@ -110,7 +110,6 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     assert worst(params_of(tmp_path / "other", data_dir), one) > 1e-2
 
 
-<<<<<<< HEAD
 def test_a_fingerprint_is_of_every_example():
     task = points()
     (group,), (held_out,) = task.train_groups, task.eval_groups
@@ -122,13 +121,10 @@ def test_a_fingerprint_is_of_every_example():
     assert data_fingerprint(points(), None) == data_fingerprint(task, None)
 
 
-=======
->>>>>>> tiers
 @pytest.mark.full
 def test_two_processes_read_half_of_the_examples_each(data_dir):
     script = """
 import sys
-<<<<<<< HEAD
 from dataclasses import replace
 from train.devices.processes import join
 join(False, sys.argv[1], 2, int(sys.argv[2]))
@@ -142,19 +138,6 @@ config = replace(config, data_dir=sys.argv[3], mesh=MeshConfig(-1, 1, 1, 1))
 task = load_task(config)
 fingerprint = data_fingerprint(task, open_mesh(config.mesh))
 print(len(task.train_groups[0].images), *task.train_sizes, fingerprint, file=sys.stderr)
-=======
-from train.devices.processes import data_fingerprint, join
-join(False, sys.argv[1], 2, int(sys.argv[2]))
-from configs import vit_digits
-from train.devices.mesh import open_mesh
-from train.tasks import load_task, open_config
-config = vit_digits.get_config("smoke")
-config.data_dir, config.mesh.data = sys.argv[3], -1
-config = open_config(config)
-task = load_task(config)
-print(len(task.train_groups[0].images), *task.train_sizes, file=sys.stderr)
-print(data_fingerprint(task, open_mesh(config.mesh)), file=sys.stderr)
->>>>>>> tiers
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
