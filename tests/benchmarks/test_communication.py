@@ -7,6 +7,7 @@ from bdia_jax.sharding import make_mesh
 from benchmarks.communication import TOY, VARIANTS, count
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices"),
     pytest.mark.usefixtures("quick_compile"),
 ]

@@ -13,6 +13,8 @@ from benchmarks import gpt2_memory, lines, measure, vit_memory
 from configs import vit_cifar10
 from train.tasks import open_config
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize(
     "wanted", [[0.0, 1.0, 2.0, 50.0], [3.0, 3.0, 3.0], [0.0, 20.0, 40.0], [0.0, 9.0, 9.0, 18.0]]

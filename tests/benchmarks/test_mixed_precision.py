@@ -12,7 +12,7 @@ from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
 from benchmarks import mixed_precision
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 def test_the_benchmarks_blocks_without_a_dtype_are_the_librarys_blocks():

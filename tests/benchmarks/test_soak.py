@@ -10,6 +10,7 @@ from benchmarks.soak import read_lines, soak, verdict
 from benchmarks.soak_settings import CONTROLS, SETTINGS, toy
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices"),
     pytest.mark.usefixtures("quick_compile"),
 ]

@@ -10,6 +10,8 @@ from bdia_jax.interop import llama
 from bdia_jax.models.llama import Llama
 from bdia_jax.models.rope import RopeScaling
 
+pytestmark = pytest.mark.full
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,

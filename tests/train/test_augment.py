@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from train.data.augment import OPS, apply_ops, augment
 
+pytestmark = pytest.mark.full
+
 SIGNED = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 apply = jax.jit(apply_ops, static_argnums=4)
 augmented = jax.jit(

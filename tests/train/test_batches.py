@@ -4,8 +4,11 @@ from itertools import chain
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from train.data.batches import Batches
+
+pytestmark = pytest.mark.full
 
 KEY = jax.random.key(0)
 

@@ -28,7 +28,7 @@ from train.run.pretrained import keep_description, read_params
 from train.run.workdir import open_workdir
 from train.tasks import load_task, open_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 TOKENS = np.arange(24).reshape(2, 12)
 

@@ -26,7 +26,7 @@ from train.inference.open_run import open_run
 from train.loop.train import train
 from train.tasks import load_task, open_config, translation
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 def small_gpt2(vocab_size=257, **options):

@@ -12,7 +12,7 @@ from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 BAD = 5  # the step that sees the bad example
 STEPS = 8  # an epoch
 

@@ -12,6 +12,8 @@ from train.plan.compare import first_depth, make_plans, table
 from train.plan.estimate import make_plan
 from train.tasks import abstract_task, open_config
 
+pytestmark = pytest.mark.full
+
 _HUGE = {"batch": 64, "length": 512, "depth": 48}  # so that it matters what blocks keep
 _SMALL = {"batch": 8, "length": 128, "width": 64, "depth": 4, "vocab": 512}
 
