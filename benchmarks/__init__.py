@@ -1,1 +1,1 @@
-"""Measurements behind the README's tables and figures: python -m benchmarks.NAME."""
+"""Measurements behind every table and figure of README and docs: python -m benchmarks.NAME."""

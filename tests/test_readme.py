@@ -30,6 +30,7 @@ from train.tasks import TASKS, open_config
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text("utf-8") for path in tables.pages()}
 TEXT = "\n".join([*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text("utf-8")])
+TEXT = TEXT.replace("\\\n", "")  # a command on two lines
 
 
 def programs(page):

@@ -3,7 +3,7 @@
 ARGUMENTS, such as --config=configs/vit_digits.py --workdir=runs/digits --config.mesh.data=-1, go
 to `python -m train` of each process; mesh.data=-1 takes all devices of all processes. If one
 process ends badly the others are stopped; SIGTERM and Ctrl-C are handed on. On several machines a
-job manager starts the processes: see "Many devices" in README.md.
+job manager starts the processes: see docs/devices.md.
 """
 
 import os

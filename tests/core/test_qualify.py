@@ -1,4 +1,4 @@
-"""Which residual blocks qualify: the answer of each row of the README's table, tested."""
+"""Which residual blocks qualify: the answer of each row of docs/qualify.md, tested."""
 
 from functools import partial
 
