@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _heads(self, y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:-1], -1, self.head_dim)
+        return y.reshape(*y.shape[:-1], y.shape[-1] // self.head_dim, self.head_dim)
 
     def _used(self) -> jax.Array | int:
         """How many tokens are in the cache."""
