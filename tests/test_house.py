@@ -152,7 +152,7 @@ def test_imports_go_down_and_in_no_circle(graph):
 )
 def test_an_import_upward_is_told(graph, module, text, told):
     found = upward({module: imports(module, text, graph.keys())})
-    assert found == [f"{module} imports{told}"]
+    assert f"{module} imports{told}" in found
 
 
 @pytest.mark.control("nothing is imported upward or in a circle")
