@@ -146,7 +146,7 @@ class _Operands(NamedTuple):
 
     params: Leaves
     states: tuple[Any, Any]
-    coefficients: Coefficients
+    coefficients: Any
     consts: Leaves
 
 

@@ -196,8 +196,13 @@ class _Traits(NamedTuple):
 def _traits(model: Llama) -> _Traits:
     blocks: Any = model.stack.blocks
     attention, mlp = blocks.attention, blocks.mlp
-    has_bias = (linear.bias is not None for linear in (attention.query, attention.out, mlp.out))
-    return _Traits(*has_bias, attention.q_norm is not None, attention.sliding_window)
+    return _Traits(
+        qkv_bias=attention.query.bias is not None,
+        out_bias=attention.out.bias is not None,
+        mlp_bias=mlp.out.bias is not None,
+        qk_norm=attention.q_norm is not None,
+        sliding_window=attention.sliding_window,
+    )
 
 
 def _model_type(traits: _Traits, wanted: str | None) -> str:
@@ -216,7 +221,7 @@ def _model_type(traits: _Traits, wanted: str | None) -> str:
         "qwen3": traits.qk_norm and all_or_none and plain_mlp,
     }
     for model_type in (wanted, *fits):
-        if fits.get(model_type):
+        if model_type and fits.get(model_type):
             return model_type
     raise ValueError(f"no model_type has {traits._asdict()}; known are {', '.join(fits)}")
 

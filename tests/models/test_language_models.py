@@ -80,6 +80,8 @@ def test_a_token_outside_the_vocabulary_gives_nan(plain):
         assert np.all(np.isnan(logits[1, 3:])) and np.all(np.isfinite(logits[::2]))
 
 
+@pytest.mark.claim("decoding with a cache is the model's own")
+@pytest.mark.control("decoding with a cache is the model's own")
 @pytest.mark.parametrize(
     "name, stack, tolerance",
     [
