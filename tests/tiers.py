@@ -87,6 +87,9 @@ def _collects_all(config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes tests away
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):  # a program each, and tests hold what they show
+            item.add_marker("full")
     if _collects_all(config):
         wrong = unpaired(
             Pairing(mark.name, mark.args[0], item.nodeid, _tier(item))

@@ -18,6 +18,7 @@ def scratch(tmp_path_factory, data_dir):
         yield make_scratch(tmp_path_factory.mktemp("fuzz") / "a" / "b")
 
 
+@pytest.mark.full
 def test_no_case_ends_in_another_exception(scratch):
     kinds, programs, failures = Counter(), set(), {}
     for seed in range(300):

@@ -13,7 +13,10 @@ from toy_models import block_of
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack, BranchedBlock, stacked_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.usefixtures("quick_compile"),
+]  # tests of exactness ask for `optimized`
 # rebuilt inexactly by nature: gradients agree for shallow stacks (see test_float_scan.py)
 SHALLOW = 1e-3
 X = jnp.asarray(np.random.default_rng(3).normal(size=(4, 5, 13)), jnp.float32)

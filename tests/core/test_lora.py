@@ -14,7 +14,7 @@ from bdia_jax import lora
 from bdia_jax.lora import LoRALinear
 from bdia_jax.nnx import BDIAStack, BranchedBlock
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 def add(model, trained=True, **options):

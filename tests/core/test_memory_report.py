@@ -106,6 +106,7 @@ def mean_square(stack, x):
     return jnp.mean(stack(x) ** 2)
 
 
+@pytest.mark.full
 def test_modules_are_taken_abstract_or_not_jitted_or_not():
     stack = make_stack()
     abstract = nnx.eval_shape(make_stack)

@@ -8,6 +8,8 @@ import pytest
 
 from bdia_jax.optim import scale_by_set_adam, set_adam
 
+pytestmark = pytest.mark.full
+
 
 def reference_updates(gradients, lr=1e-4, b1=0.9, b2=0.999, eps=1e-18, tau=0.5):
     """The update of every step, for one layer."""

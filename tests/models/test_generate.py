@@ -68,6 +68,7 @@ def test_greedy_tokens_are_those_of_full_recomputation_and_the_model_stays(make)
         assert_same_bits(*(jax.random.key_data(k) if is_key(k) else k for k in (a, b)))
 
 
+@pytest.mark.full
 def test_draws_follow_the_key_the_temperature_and_top_k(gpt2):
     draw = partial(generate, gpt2, PROMPT, NEW)
     free = draw(key=KEY)
@@ -132,6 +133,7 @@ def beam_gpt2(vocab_size=9):
     return small_gpt2(seed=3, vocab_size=vocab_size, max_len=16, dropout_rate=0.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["gpt2", pytest.param("llama", marks=FULL)], ids=["greedy", "beam"]
 )
@@ -179,6 +181,7 @@ def every_sequence(vocab_size, end, length):
     return sorted(found)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("n", "of_prompt"), [(2, True), pytest.param(0, True, marks=FULL), (1, False)]
 )

@@ -14,7 +14,10 @@ from bdia_jax import residual_bytes
 from bdia_jax.models.resnet import BasicBlock, ResNet, Transition
 from bdia_jax.nnx import BDIAStack
 
-pytestmark = pytest.mark.usefixtures("quick_compile")  # tests of exactness ask for `optimized`
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.usefixtures("quick_compile"),
+]  # tests of exactness ask for `optimized`
 IMAGES, FEATURES = (
     jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, channels)), jnp.float32)
     for channels in (3, 8)

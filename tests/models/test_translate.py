@@ -65,6 +65,7 @@ def every_sequence(max_len):
     return jnp.array(sorted(found))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_full_beam_finds_the_best_of_all_sequences_and_greedy_does_not(transformer, alpha):
     sequences = every_sequence(3)

@@ -18,7 +18,7 @@ from train.loop import train as training
 from train.loop.log import read_records
 from train.tasks import load_task, open_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
 def make_config(module, data_dir, **changes):

@@ -17,7 +17,7 @@ from train.report import Run, read_sweep, report, rows
 from train.report import main as report_main
 from train.sweep import EXPERIMENTS, sweep
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 DIGITS = "configs/vit_digits.py"
 
 

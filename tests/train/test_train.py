@@ -68,6 +68,7 @@ def test_stop_and_resume_equals_straight_through(straight, tmp_path, monkeypatch
     assert losses(tmp_path) == losses(expected)
 
 
+@pytest.mark.full
 def test_sigterm_then_damage_then_a_full_disk_and_still_the_same_end(
     tmp_path, data_dir, monkeypatch, capsys
 ):
@@ -100,6 +101,7 @@ def test_sigterm_then_damage_then_a_full_disk_and_still_the_same_end(
     assert losses(workdir) == losses(tmp_path / "straight")
 
 
+@pytest.mark.full
 @pytest.mark.claim("the audit sees the first step")
 @pytest.mark.control("the audit sees the first step")
 def test_guard_bits_are_chosen_on_what_the_first_step_sees(data_dir):
@@ -266,6 +268,7 @@ def test_paper_configs():
         assert (model.num_heads, model.mlp_dim, model.dropout_rate) == (8, 512, 0.1)
 
 
+@pytest.mark.full
 def test_command_line_trains(straight, tmp_path, data_dir, compile_cache):
     """As `straight` does, whose compiled programs it takes."""
     command = [sys.executable, "-m", "train", "--config=configs/vit_digits.py:smoke"]
