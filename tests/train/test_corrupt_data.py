@@ -43,7 +43,6 @@ def test_a_truncated_file(copied, length):
         read(copy)
 
 
-@pytest.mark.full
 @pytest.mark.claim("damaged data are noticed")
 @pytest.mark.control("damaged data are noticed")
 def test_flipped_bits_change_nothing_unseen(copied):
