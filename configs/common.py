@@ -6,47 +6,33 @@ from ml_collections import ConfigDict
 
 # The systems of the paper, as changes of a config. "bdia" is the default.
 BDIA: dict[str, Any] = {}
-PLAIN = {"gamma": 0.0, "quantize": False, "backprop": "store"}
-QUANTIZED = {"gamma": 0.0, "backprop": "store"}
-BDIA_STORED = {"backprop": "store"}
-REVNET = {"stack": "revnet", "gamma": 0.0, "quantize": False}
-MIDPOINT = {"stack": "midpoint", "gamma": 0.0, "quantize": False}
+PLAIN = dict(gamma=0.0, quantize=False, backprop="store")
+QUANTIZED = dict(gamma=0.0, backprop="store")
+BDIA_STORED = dict(backprop="store")
+REVNET = dict(stack="revnet", gamma=0.0, quantize=False)
+MIDPOINT = dict(stack="midpoint", gamma=0.0, quantize=False)
+
+# How long every "smoke" scale is.
+SMOKE = dict(num_steps=4, warmup_steps=1, log_every_steps=2)
+SMOKE |= dict(eval_every_steps=4, checkpoint_every_steps=4)
 
 
 def defaults() -> ConfigDict:
-    """The fields every run has; data, input and model are left to the experiment."""
+    """The fields every run has; task, data, input, model and lengths are left to the experiment."""
     config = ConfigDict()
-    config.seed = 0
-    config.num_seeds = 1
-
-    config.data_dir = ""
-    config.train_split = "train"
-    config.eval_split = "validation"
+    config.update(seed=0, num_seeds=1)
+    config.update(data_dir="", train_split="train", eval_split="validation")
 
     config.init_from = ""
-    config.lora = {"rank": 0, "alpha": 32.0, "dropout_rate": 0.0}
-    config.stack = "bdia"
-    config.gamma = 0.5
-    config.quantize = True
-    config.frac_bits = 9
-    config.guard_bits = 1
-    config.backprop = "reversible"
-    config.by_branch = False
-    config.batch_chunks = 1
-    config.token_chunks = 1
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    config.lora = dict(rank=0, alpha=32.0, dropout_rate=0.0)
+    config.update(stack="bdia", gamma=0.5, quantize=True, frac_bits=9, guard_bits=1)
+    config.update(backprop="reversible", by_branch=False, batch_chunks=1, token_chunks=1)
+    config.mesh = dict(data=1, fsdp=1, tensor=1, sequence=1)
 
-    config.optimizer = "set_adam"
-    config.b2 = 0.999
-    config.schedule = "constant"
-    config.learning_rate = 1e-4
-    config.warmup_steps = 0
-    config.weight_decay = 0.0
-    config.grad_clip_norm = 0.0
-    config.non_finite = "stop"
+    config.update(optimizer="set_adam", b2=0.999, weight_decay=0.0, grad_clip_norm=0.0)
+    config.update(schedule="constant", learning_rate=1e-4, warmup_steps=0, non_finite="stop")
     config.checkpoint_every_steps = 1_000_000  # with the last step always
-    config.keep_last = 2
-    config.keep_best = 1
+    config.update(keep_last=2, keep_best=1)
     return config
 
 

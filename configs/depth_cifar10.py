@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import common, vit_cifar10
 
 RUNS = {
-    f"{name}_depth{depth}": {**system, "model": {"depth": depth}}
+    f"{name}_depth{depth}": dict(system, model=dict(depth=depth))
     for name, system in (("bdia", common.BDIA), ("plain", common.PLAIN))
     for depth in (6, 10)
 }

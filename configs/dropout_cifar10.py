@@ -14,14 +14,12 @@ from ml_collections import ConfigDict
 from configs import common, vit_cifar10
 
 RUNS = {
-    f"{name}_dropout{rate}": {**system, "model": {"dropout_rate": rate}}
+    f"{name}_dropout{rate}": dict(system, model=dict(dropout_rate=rate))
     for name, system in (("bdia", common.BDIA), ("plain", common.PLAIN))
     for rate in (0.0, 0.1, 0.2)
 }
-PAPER = {
-    **{"plain_dropout0.0": 86.27, "plain_dropout0.1": 88.15, "plain_dropout0.2": 87.24},
-    **{"bdia_dropout0.0": 89.20, "bdia_dropout0.1": 89.10, "bdia_dropout0.2": 88.22},
-}
+PAPER = {"plain_dropout0.0": 86.27, "plain_dropout0.1": 88.15, "plain_dropout0.2": 87.24}
+PAPER |= {"bdia_dropout0.0": 89.20, "bdia_dropout0.1": 89.10, "bdia_dropout0.2": 88.22}
 SCALES = vit_cifar10.SCALES
 
 

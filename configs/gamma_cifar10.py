@@ -13,10 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import common, vit_cifar10
 
-RUNS = {
-    f"gamma_{gamma}": {"gamma": gamma, "quantize": False, "backprop": "store"}
-    for gamma in (0.5, 0.0, 0.25, 0.6)
-}
+RUNS = {f"gamma_{gamma}": dict(common.PLAIN, gamma=gamma) for gamma in (0.5, 0.0, 0.25, 0.6)}
 PAPER = {"gamma_0.0": 88.15, "gamma_0.25": 88.79, "gamma_0.5": 89.12, "gamma_0.6": 88.89}
 SCALES = vit_cifar10.SCALES
 

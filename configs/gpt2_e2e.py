@@ -32,65 +32,55 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-_LORA = {"rank": 4, "alpha": 32.0, "dropout_rate": 0.1}
+_LORA = dict(lora=dict(rank=4, alpha=32.0, dropout_rate=0.1), model=dict(dropout_rate=0.0))
 RUNS = {
     "bdia": common.BDIA,
     "plain": common.PLAIN,
-    "lora": common.PLAIN | {"lora": _LORA, "model": {"dropout_rate": 0.0}},
-    "lora_bdia": {"lora": _LORA, "model": {"dropout_rate": 0.0}},
+    "lora": common.PLAIN | _LORA,
+    "lora_bdia": _LORA,
 }
 PAPER: dict[str, float] = {}
 METRIC = "bleu"
 SCALES = {
-    "smoke": {
-        **{"dataset": "restaurants", "train_split": "train[:64]", "eval_split": "test[:16]"},
-        "input": {
-            **{"tokenizer": "bytes", "length": 192},
-            **{"beam_size": 2, "no_repeat_ngram": 0, "eval_generations": 2},
-        },
-        "model": {
-            **{"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32},
-            "dtype": "float32",
-        },
-        **{"batch_size": 8, "num_steps": 4, "warmup_steps": 1},
-        **{"log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4},
-    },
-    "small": {
-        **{"init_from": "runs/tiny_gpt2", "train_split": "train[:1000]"},
-        "eval_split": "validation[:1000]",
-        "input": {
-            **{"tokenizer": "checkpoint", "length": 128, "eval_generations": 100},
-            "no_repeat_ngram": 0,  # four of its tokens may be one name
-        },
-        "model": {"dtype": "float32"},
-        **{"learning_rate": 1e-3, "batch_size": 16, "num_steps": 400, "warmup_steps": 40},
-        **{"log_every_steps": 20, "eval_every_steps": 100, "checkpoint_every_steps": 400},
-    },
+    "smoke": dict(
+        common.SMOKE,
+        dataset="restaurants",
+        train_split="train[:64]",
+        eval_split="test[:16]",
+        input=dict(
+            tokenizer="bytes", length=192, beam_size=2, no_repeat_ngram=0, eval_generations=2
+        ),
+        model=dict(width=16, depth=2, num_heads=2, mlp_dim=32, dtype="float32"),
+        batch_size=8,
+    ),
+    "small": dict(
+        init_from="runs/tiny_gpt2",
+        train_split="train[:1000]",
+        eval_split="validation[:1000]",
+        # no_repeat_ngram: four of its tokens may be one name
+        input=dict(tokenizer="checkpoint", length=128, no_repeat_ngram=0, eval_generations=100),
+        model=dict(dtype="float32"),
+        learning_rate=1e-3,
+        batch_size=16,
+        num_steps=400,
+        warmup_steps=40,
+        log_every_steps=20,
+        eval_every_steps=100,
+        checkpoint_every_steps=400,
+    ),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
-    config.task = "data_to_text"
-    config.dataset = "e2e"
-    config.eval_split = "test"
-    config.input = {
-        **{"tokenizer": "gpt2", "length": 160, "label_smoothing": 0.1},
-        **{"beam_size": 10, "length_penalty": 0.9, "no_repeat_ngram": 4},
-        "eval_generations": 1_000,
-    }
-    config.model = {
-        **{"name": "gpt2", "width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
-        **{"dropout_rate": 0.1, "dtype": "bfloat16"},
-    }
-    config.optimizer = "adamw"
-    config.schedule = "linear"
-    config.learning_rate = 2e-4
-    config.warmup_steps = 500
-    config.weight_decay = 0.01
-    config.batch_size = 8
-    config.num_steps = 26_290  # 5 epochs
-    config.log_every_steps = 100
-    config.eval_every_steps = 2_629
-    config.checkpoint_every_steps = 5_258
+    config.update(task="data_to_text", dataset="e2e", eval_split="test")
+    config.input = dict(tokenizer="gpt2", length=160, label_smoothing=0.1)
+    config.input.update(beam_size=10, length_penalty=0.9, no_repeat_ngram=4)
+    config.input.eval_generations = 1_000
+    config.model = dict(name="gpt2", width=1024, depth=24, num_heads=16, mlp_dim=4096)
+    config.model.update(dropout_rate=0.1, dtype="bfloat16")
+    config.update(optimizer="adamw", weight_decay=0.01)
+    config.update(schedule="linear", learning_rate=2e-4, warmup_steps=500)
+    config.update(batch_size=8, num_steps=26_290)  # 5 epochs
+    config.update(log_every_steps=100, eval_every_steps=2_629, checkpoint_every_steps=5_258)
     return common.choose(config, arg, RUNS, SCALES)

@@ -24,61 +24,52 @@ from configs import common
 RUNS = {"bdia": common.BDIA, "plain": common.PLAIN}
 PAPER: dict[str, float] = {}
 METRIC = "loss"
-_BYTES = {"dataset": "pydoc", "input": {"tokenizer": "bytes", "length": 128}}
+_BYTES = dict(tokenizer="bytes", length=128)
 SCALES = {
-    "smoke": _BYTES
-    | {
-        "model": {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32},
-        **{"train_split": "train[:3]", "eval_split": "validation[:1]"},
-        **{"batch_size": 8, "num_steps": 4, "warmup_steps": 1},
-        **{"log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4},
-    },
-    "small": {
-        "input": {"tokenizer": "bytes", "length": 128},
-        "model": {"width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 256},
-        **{
-            "train_split": "train[:8]",
-            "eval_split": "validation[:8]",
-            "learning_rate": 3e-3,
-            "batch_size": 8,
-        },
-        **{"num_steps": 2500, "warmup_steps": 100},
-        **{"log_every_steps": 50, "eval_every_steps": 250, "checkpoint_every_steps": 2500},
-    },
-    "tiny": {
-        "input": {
-            **{"tokenizer": "bpe", "vocab_size": 4096, "length": 128},
-            "isolate_documents": False,
-        },
-        "model": {"width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 512, "dtype": "float32"},
-        **{"learning_rate": 2e-3, "batch_size": 16, "num_steps": 2500, "warmup_steps": 100},
-        **{"log_every_steps": 100, "eval_every_steps": 1250, "checkpoint_every_steps": 500},
-    },
+    "smoke": dict(
+        common.SMOKE,
+        dataset="pydoc",
+        train_split="train[:3]",
+        eval_split="validation[:1]",
+        input=_BYTES,
+        model=dict(width=16, depth=2, num_heads=2, mlp_dim=32),
+        batch_size=8,
+    ),
+    "small": dict(
+        train_split="train[:8]",
+        eval_split="validation[:8]",
+        input=_BYTES,
+        model=dict(width=64, depth=4, num_heads=4, mlp_dim=256),
+        learning_rate=3e-3,
+        batch_size=8,
+        num_steps=2500,
+        warmup_steps=100,
+        log_every_steps=50,
+        eval_every_steps=250,
+        checkpoint_every_steps=2500,
+    ),
+    "tiny": dict(
+        input=dict(tokenizer="bpe", vocab_size=4096, length=128, isolate_documents=False),
+        model=dict(width=128, depth=6, num_heads=4, mlp_dim=512, dtype="float32"),
+        learning_rate=2e-3,
+        batch_size=16,
+        num_steps=2500,
+        warmup_steps=100,
+        log_every_steps=100,
+        eval_every_steps=1250,
+        checkpoint_every_steps=500,
+    ),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
-    config.task = "language"
-    config.dataset = "openwebtext_sample"
-    config.input = {
-        **{"tokenizer": "gpt2", "vocab_size": 0, "length": 1024},
-        "isolate_documents": True,
-    }
-    config.model = {
-        **{"name": "gpt2", "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
-        **{"dropout_rate": 0.0, "dtype": "bfloat16"},
-    }
-    config.optimizer = "adamw"
-    config.b2 = 0.95
-    config.weight_decay = 0.1
-    config.grad_clip_norm = 1.0
-    config.schedule = "cosine"
-    config.learning_rate = 6e-4
-    config.warmup_steps = 100
-    config.batch_size = 32
-    config.num_steps = 2_000
-    config.log_every_steps = 20
-    config.eval_every_steps = 100
-    config.checkpoint_every_steps = 500
+    config.update(task="language", dataset="openwebtext_sample")
+    config.input = dict(tokenizer="gpt2", vocab_size=0, length=1024, isolate_documents=True)
+    config.model = dict(name="gpt2", width=768, depth=12, num_heads=12, mlp_dim=3072)
+    config.model.update(dropout_rate=0.0, dtype="bfloat16")
+    config.update(optimizer="adamw", b2=0.95, weight_decay=0.1, grad_clip_norm=1.0)
+    config.update(schedule="cosine", learning_rate=6e-4, warmup_steps=100)
+    config.update(batch_size=32, num_steps=2_000)
+    config.update(log_every_steps=20, eval_every_steps=100, checkpoint_every_steps=500)
     return common.choose(config, arg, RUNS, SCALES)

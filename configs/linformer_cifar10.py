@@ -16,12 +16,12 @@ from configs import common, vit_cifar10
 RUNS = {"bdia": common.BDIA, "plain": common.PLAIN}
 PAPER = {"plain": 84.16, "bdia": 86.6}
 SCALES = {
-    name: scale | {"model": scale["model"] | {"linformer_dim": 8}}  # of 17 tokens
+    name: dict(scale, model=dict(scale["model"], linformer_dim=8))  # of 17 tokens
     for name, scale in vit_cifar10.SCALES.items()
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = vit_cifar10.base()
-    config.update({"model": {"linformer_dim": 32}})
+    config.model.linformer_dim = 32
     return common.choose(config, arg, RUNS, SCALES)

@@ -14,14 +14,12 @@ from ml_collections import ConfigDict
 from configs import common, vit_cifar10
 
 RUNS = {
-    f"{name}_l{frac_bits}": {**system, "frac_bits": frac_bits}
+    f"{name}_l{frac_bits}": dict(system, frac_bits=frac_bits)
     for name, system in (("bdia", common.BDIA), ("plain", common.QUANTIZED))
     for frac_bits in (5, 0, -2)
 }
-PAPER = {
-    **{"plain_l5": 87.90, "plain_l0": 87.76, "plain_l-2": 84.31},
-    **{"bdia_l5": 89.50, "bdia_l0": 88.47, "bdia_l-2": 84.16},
-}
+PAPER = {"plain_l5": 87.90, "plain_l0": 87.76, "plain_l-2": 84.31}
+PAPER |= {"bdia_l5": 89.50, "bdia_l0": 88.47, "bdia_l-2": 84.16}
 SCALES = vit_cifar10.SCALES
 
 

@@ -16,19 +16,15 @@ from configs import common, vit_cifar10
 
 RUNS = {"bdia": common.BDIA, "plain": common.PLAIN}
 PAPER = {"plain": 92.93, "bdia": 93.61}
-_SMOKE = vit_cifar10.SCALES["smoke"]
-_SMALL = vit_cifar10.SCALES["small"]
 SCALES = {
-    "smoke": _SMOKE | {"model": {"widths": (8, 16), "depths": (2, 2)}},
-    "small": _SMALL | {"model": {"widths": (16, 32, 64), "depths": (3, 3, 3)}},
+    "smoke": dict(vit_cifar10.SCALES["smoke"], model=dict(widths=(8, 16), depths=(2, 2))),
+    "small": dict(vit_cifar10.SCALES["small"], model=dict(widths=(16, 32, 64), depths=(3, 3, 3))),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = vit_cifar10.base()
-    config.update({"input": {"rand_augment_ops": 0}})
-    config.model = {
-        **{"name": "resnet", "widths": (64, 128, 256), "depths": (5, 5, 5), "dtype": "float32"}
-    }
+    config.input.rand_augment_ops = 0
+    config.model = dict(name="resnet", widths=(64, 128, 256), depths=(5, 5, 5), dtype="float32")
     config.learning_rate = 1e-3
     return common.choose(config, arg, RUNS, SCALES)

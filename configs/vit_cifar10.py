@@ -19,51 +19,49 @@ from ml_collections import ConfigDict
 
 from configs import common, vit_digits
 
-REVNET = common.REVNET | {"input": {"inference_gammas": (0.0,)}}
-RUNS = {"bdia": common.BDIA, "plain": common.PLAIN, "revnet": REVNET}
+RUNS = {
+    "bdia": common.BDIA,
+    "plain": common.PLAIN,
+    "revnet": dict(common.REVNET, input=dict(inference_gammas=(0.0,))),
+}
 PAPER = {"plain": 88.15, "revnet": 86.22, "bdia": 89.10}
 SCALES = {
-    "smoke": vit_digits.SCALES["smoke"]
-    | {
-        "dataset": "digits",
-        "eval_split": "validation",
-        "model": vit_digits.SCALES["smoke"]["model"] | {"patch_size": 2},
-    },
-    "small": {
-        "train_split": "train[:2500]",
-        "eval_split": "test[:2000]",
-        "input": {"rand_augment_ops": 0, "crop_padding": 0, "flip": False},
-        "model": {"patch_size": 8, "width": 64, "num_heads": 4, "mlp_dim": 128},
-        **{"learning_rate": 1e-3, "batch_size": 50, "num_steps": 1500, "warmup_steps": 100},
-        **{"log_every_steps": 50, "eval_every_steps": 200, "schedule": "cosine"},
-    },
+    "smoke": dict(
+        vit_digits.SCALES["smoke"],
+        dataset="digits",
+        eval_split="validation",
+        model=dict(patch_size=2, width=16, depth=2, num_heads=2, mlp_dim=16),
+    ),
+    "small": dict(
+        train_split="train[:2500]",
+        eval_split="test[:2000]",
+        input=dict(rand_augment_ops=0, crop_padding=0, flip=False),
+        model=dict(patch_size=8, width=64, num_heads=4, mlp_dim=128),
+        learning_rate=1e-3,
+        schedule="cosine",
+        batch_size=50,
+        num_steps=1500,
+        warmup_steps=100,
+        log_every_steps=50,
+        eval_every_steps=200,
+    ),
 }
 
 
 def base() -> ConfigDict:
     """The paper's image classification run, unlocked, for every experiment on CIFAR-10."""
     config = common.defaults()
-    config.task = "images"
-    config.dataset = "cifar10"
-    config.eval_split = "test"
-    config.input = {
-        **{"rand_augment_ops": 2, "rand_augment_magnitude": 14},
-        **{"crop_padding": 4, "flip": True, "inference_gammas": (0.0,)},
-    }
-    config.model = {
-        **{"name": "vit", "patch_size": 4, "width": 512, "depth": 6, "num_heads": 8},
-        **{"mlp_dim": 512, "dropout_rate": 0.1, "linformer_dim": 0, "dtype": "float32"},
-    }
-    config.batch_size = 128
-    config.num_steps = 78_000
-    config.log_every_steps = 130
-    config.eval_every_steps = 1_950
-    config.checkpoint_every_steps = 1_950
+    config.update(task="images", dataset="cifar10", eval_split="test")
+    config.input = dict(rand_augment_ops=2, rand_augment_magnitude=14, crop_padding=4, flip=True)
+    config.input.inference_gammas = (0.0,)
+    config.model = dict(name="vit", patch_size=4, width=512, depth=6, num_heads=8, mlp_dim=512)
+    config.model.update(dropout_rate=0.1, linformer_dim=0, dtype="float32")
+    config.update(batch_size=128, num_steps=78_000)
+    config.update(log_every_steps=130, eval_every_steps=1_950, checkpoint_every_steps=1_950)
     return config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = base()
-    gammas = (-0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    config.update({"input": {"inference_gammas": gammas}})
+    config.input.inference_gammas = tuple(n / 10 for n in range(-5, 6))
     return common.choose(config, arg, RUNS, SCALES)

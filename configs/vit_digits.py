@@ -21,33 +21,20 @@ RUNS = {
 }
 PAPER: dict[str, float] = {}
 SCALES = {
-    "smoke": {
-        "model": {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 16},
-        **{"batch_size": 32, "num_steps": 4, "warmup_steps": 1},
-        **{"log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4},
-    }
+    "smoke": dict(
+        common.SMOKE, batch_size=32, model=dict(width=16, depth=2, num_heads=2, mlp_dim=16)
+    )
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = common.defaults()
-    config.task = "images"
-    config.dataset = "digits"
-    config.input = {
-        **{"rand_augment_ops": 0, "rand_augment_magnitude": 0},
-        **{"crop_padding": 0, "flip": False, "inference_gammas": (0.0,)},
-    }
-    config.model = {
-        **{"name": "vit", "patch_size": 2, "width": 64, "depth": 6, "num_heads": 4},
-        **{"mlp_dim": 128, "dropout_rate": 0.1, "linformer_dim": 0, "dtype": "float32"},
-    }
-    config.schedule = "cosine"
-    config.learning_rate = 1e-3
-    config.warmup_steps = 100
-    config.grad_clip_norm = 1.0
-    config.batch_size = 64
-    config.num_steps = 600
-    config.log_every_steps = 20
-    config.eval_every_steps = 100
-    config.checkpoint_every_steps = 200
+    config.update(task="images", dataset="digits")
+    config.input = dict(rand_augment_ops=0, rand_augment_magnitude=0, crop_padding=0, flip=False)
+    config.input.inference_gammas = (0.0,)
+    config.model = dict(name="vit", patch_size=2, width=64, depth=6, num_heads=4, mlp_dim=128)
+    config.model.update(dropout_rate=0.1, linformer_dim=0, dtype="float32")
+    config.update(schedule="cosine", learning_rate=1e-3, warmup_steps=100, grad_clip_norm=1.0)
+    config.update(batch_size=64, num_steps=600)
+    config.update(log_every_steps=20, eval_every_steps=100, checkpoint_every_steps=200)
     return common.choose(config, arg, RUNS, SCALES)
