@@ -105,6 +105,7 @@ def test_configs_say_what_we_got():
                 assert row["accuracy"].replace("±", "+-") in config.read_text(), row
 
 
+@pytest.mark.full
 def test_quick_start_runs_and_its_assertion_can_fail():
     (program,) = programs("README.md")
     names: dict = {}

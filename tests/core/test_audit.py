@@ -49,6 +49,7 @@ def test_exact_just_below_the_bound_and_not_above(guard_bits, gamma_bits):
     assert above.suggested_guard_bits > guard_bits
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gamma_bits", [1, 2])
 def test_without_guard_bits_the_drift_that_one_absorbs_corrupts(gamma_bits):
     fp = FixedPoint(guard_bits=0, gamma_bits=gamma_bits)

@@ -77,6 +77,7 @@ def gradient(block, backprop, *consts, **kwargs):
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("block", "backprop"),
     [
@@ -248,6 +249,7 @@ def test_a_magnitude_that_does_not_match_is_refused():
 # --- what the stack for NNX has, too --------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.claim("rebuild is exact")
 def test_audit_is_of_the_training_that_these_keys_give(optimized):
     stack = BDIAStack(Dropout(), depth=5)

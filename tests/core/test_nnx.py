@@ -79,6 +79,7 @@ def masks(stack, rngs=None):
 # --- gradients and exactness ---------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.claim("gradients equal store's")
 @pytest.mark.parametrize(
     "block", [Dropout, *(pytest.param(b, marks=pytest.mark.full) for b in (Dense, Norm))]

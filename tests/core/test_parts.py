@@ -102,6 +102,7 @@ def test_remat_computes_the_same():
     assert_grads_close(actual, expected, F32)
 
 
+@pytest.mark.full
 @pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize("way", [pytest.param("branches", marks=pytest.mark.full), "all"])
 def test_the_rebuild_is_exact(way):
@@ -326,6 +327,7 @@ def both(params, x):
     return f + wide_mlp(params, x + f)
 
 
+@pytest.mark.full
 @pytest.mark.claim("chunks and branches hold less")
 @pytest.mark.control("chunks and branches hold less")
 def test_each_way_holds_less():

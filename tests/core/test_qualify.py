@@ -131,6 +131,7 @@ def checkpointed_pair(m, x):
 LAYERS = [pre_norm, post_norm, parallel, layer_scale, checkpointed_pair]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "layer",
     [post_norm, *(pytest.param(it, marks=pytest.mark.full) for it in LAYERS if it != post_norm)],

@@ -140,6 +140,7 @@ def elementwise_block(params, x):
     return jnp.tanh(params["b"] * x + 0.3)
 
 
+@pytest.mark.full
 @pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize(
     "block_fn, shape", [full(tanh_block, (8, 16, 13)), (elementwise_block, (16, 64, 13))]
@@ -349,6 +350,7 @@ def rich_case():
     return params, x0, gamma, consts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backprop", ["reversible", "remat"])
 def test_consts_aux_and_leaves_without_gradient(backprop):
     params, x0, gamma, (memory, mask, offset) = rich_case()

@@ -55,6 +55,7 @@ def search(beam_size, follow=True):
     return tuple(tokens[0, 0].tolist()), float(jnp.exp(scores[0, 0]))
 
 
+@pytest.mark.full
 def test_beam_search_finds_what_greedy_misses_and_never_pads():
     assert search(1) == ((_A, EOS, 0, 0), pytest.approx(0.3 * 0.4))
     assert search(2) == ((_B, _A, _A, _A), pytest.approx(0.2 * 0.9**3))

@@ -191,7 +191,7 @@ def test_generated_tokens_are_equal(theirs, name, stack):
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     # the mask: the padding is a word here
     expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert len(np.unique(expected.numpy()[:, 7:])) >= 4
+    assert len(np.unique(expected.numpy()[:, 7:])) > 2  # not one token over and over
     actual = generate(loaded(folder, stack), jnp.asarray(TOKENS[:, :7]), 12, temperature=0)
     np.testing.assert_array_equal(actual, expected.numpy())
 

@@ -106,6 +106,7 @@ def transformer_by_hand(model):
     return model.decoder_norm(x) @ table.T
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name, by_hand", [("vit", vit_by_hand), ("transformer", transformer_by_hand)]
 )
@@ -195,6 +196,7 @@ def test_at_inference_it_is_the_plain_model_up_to_rounding():
     np.testing.assert_allclose(run(coarse, IMAGES[:1]), run(coarse, IMAGES)[:1], atol=1e-5)
 
 
+@pytest.mark.full
 def test_rngs_decide_dropout_and_gamma_and_inference_needs_none():
     model = small("vit", dropout_rate=0.1)
     draw = nnx.jit(lambda model, rngs: model(IMAGES, rngs=rngs))
