@@ -18,6 +18,7 @@ from train.datasets.archive import read_files
 from train.datasets.builder import Example
 from train.datasets.local_file import LocalFileBuilder, Source
 from train.datasets.registry import BUNDLED, LOCAL, source_note, write
+from train.run.experiment import load_experiment
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -113,8 +114,11 @@ def _summary(builder: Any, name: str, data_dir: str, seconds: float) -> str:
     ]
     lines.append(f"  {builder.info.description.splitlines()[-1]}")
     where = f" --config.data_dir={data_dir}" if data_dir else ""
-    uses = f'config.dataset = "{name}"'
-    users = [file for file in sorted(_CONFIGS.glob("*.py")) if uses in file.read_text()]
+    experiments = sorted(_CONFIGS.glob("*_*.py"))
+    experiments = [file for file in experiments if not file.stem.startswith("_")]
+    users = [
+        file for file in experiments if load_experiment(str(file)).get_config().dataset == name
+    ]
     for config in users:
         lines.append(
             f"Train on it by\n    python -m train --config=configs/{config.name} "
