@@ -17,7 +17,7 @@ SMOKE = dict(num_steps=4, warmup_steps=1, log_every_steps=2)
 SMOKE |= dict(eval_every_steps=4, checkpoint_every_steps=4)
 
 
-def defaults() -> ConfigDict:
+def defaults() -> Any:  # a ConfigDict, whose fields no type knows
     """The fields every run has; task, data, input, model and lengths are left to the experiment."""
     config = ConfigDict()
     config.update(seed=0, num_seeds=1)

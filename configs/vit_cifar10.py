@@ -15,6 +15,8 @@ RevViT 43.60 +- 0.97, BDIA-ViT 42.88 +- 0.43 % (benchmarks/results/vit_cifar10_s
 The data: CIFAR-10 from TFDS, or `python -m train.prepare cifar10 --from cifar-10-python.tar.gz`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common, vit_digits
@@ -48,7 +50,7 @@ SCALES = {
 }
 
 
-def base() -> ConfigDict:
+def base() -> Any:
     """The paper's image classification run, unlocked, for every experiment on CIFAR-10."""
     config = common.defaults()
     config.update(task="images", dataset="cifar10", eval_split="test")
