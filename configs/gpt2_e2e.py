@@ -27,6 +27,8 @@ fewer a meaning than the challenge has.
 
 Ours: not run at this size yet.
 """
+# what a group of a ConfigDict has, no type knows
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from ml_collections import ConfigDict
 

@@ -16,6 +16,8 @@ tiktoken.
 
 Ours: not run at this size yet.
 """
+# what a group of a ConfigDict has, no type knows
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from ml_collections import ConfigDict
 

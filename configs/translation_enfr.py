@@ -12,6 +12,8 @@ The data: `python -m train.prepare kaggle_enfr --from eng_-french.csv`.
 
 Ours: not run at this size yet.
 """
+# what a group of a ConfigDict has, no type knows
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from ml_collections import ConfigDict
 

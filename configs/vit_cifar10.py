@@ -14,6 +14,8 @@ RevViT 43.60 +- 0.97, BDIA-ViT 42.88 +- 0.43 % (benchmarks/results/vit_cifar10_s
 
 The data: CIFAR-10 from TFDS, or `python -m train.prepare cifar10 --from cifar-10-python.tar.gz`.
 """
+# what a group of a ConfigDict has, no type knows
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from typing import Any
 

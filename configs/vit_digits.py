@@ -7,6 +7,8 @@ configs/vit_digits.py:plain, :quantized, :revnet, :midpoint; all of them with fi
 
     python -m train.sweep --config=configs/vit_digits.py --config.num_seeds=5
 """
+# what a group of a ConfigDict has, no type knows
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from ml_collections import ConfigDict
 
