@@ -112,15 +112,27 @@ def test_a_claim_without_its_control_ends_the_whole_suites_collection(suite, wor
     assert run("-k", "quick", *workers).ret == 0
 
 
+BUDGET = """
+import tiers
+from pathlib import Path
+
+pytest_plugins = ["tiers"]
+tiers.BUDGETS["full"] = tiers._LEAST = 0
+tiers.DURATIONS = Path(__file__).with_name("durations.json")
+"""
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
 def test_the_time_is_told_and_an_exceeded_budget_does_not_fail(suite, workers):
-    suite.makeconftest('import tiers\ntiers.BUDGETS["full"] = 0\npytest_plugins = ["tiers"]')
-    result = suite.runpytest_subprocess("--full", *workers)
+    suite.makeconftest(BUDGET)
+    suite.path.joinpath("durations.json").write_text('{"test_one.py": {"test_long[1]": 123.4}}')
+    result = suite.runpytest_subprocess("--full", "--write-durations", *workers)
     assert result.ret == 0
     (at,) = (i for i, line in enumerate(result.outlines) if line.startswith("full tier: 5 tests,"))
-    listed = [line.rpartition(" ")[2] for line in result.outlines[at + 2 : at + 7]]
-    assert {"test_one.py::test_long[1]", "test_one.py::test_long[2]"} == set(listed[:2])
+    listed = sorted(result.outlines[at + 2 : at + 4])  # the two longest
+    assert listed[0].startswith("  was 123.4 s, now ") and listed[0].endswith("test_long[1]")
+    assert listed[1].startswith("  was < 0 s, now ") and listed[1].endswith("test_long[2]")
 
 
 def test_durations_of_all_tests_are_kept_and_no_fewer(suite, monkeypatch):

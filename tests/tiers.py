@@ -150,8 +150,8 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, value in getattr(report, "user_properties", ())
         if report.when == "teardown" and name == "cpu_seconds"
     }
-    if not seconds or not _collects_all(config):
-        return
+    if not seconds or not _collects_all(config) or hasattr(config, "workerinput"):
+        return  # workers have a terminal, too, that nobody sees
     tier = "full" if config.getoption("--full") else "quick"
     total = _cpu_seconds()  # workers have ended by now, and are children that were waited for
     terminalreporter.write_line(
