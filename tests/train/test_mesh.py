@@ -86,6 +86,7 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compile_cache)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     changes = {"data_dir": data_dir, "num_steps": 8, "checkpoint_every_steps": 4}
+    changes |= {"frac_bits": 20}  # with 9, sums that round otherwise now and then move a quantum
     config = replace(CONFIG, **changes)
     train(config, str(tmp_path / "one"))
     one = params_of(tmp_path / "one", data_dir)
@@ -94,8 +95,7 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     arguments += ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
     assert launch(arguments, processes=2, devices=2) == 0
     two = params_of(tmp_path / "two", data_dir)
-    # sums over devices round otherwise, by how much depends on the processor: 1.3e-5 were seen
-    assert worst(two, one) < 5e-5
+    assert worst(two, one) < 1e-5
 
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")  # as if it had been stopped
     records = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -104,7 +104,7 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     resumed = params_of(tmp_path / "two", data_dir)
     starts = [r["step"] for r in read_records(tmp_path / "two") if r["kind"] == "start"]
     assert starts == [0, 4]
-    assert 0 < worst(resumed, two) < 5e-5
+    assert 0 < worst(resumed, two) < 1e-5
     other = replace(config, seed=1)  # the control
     train(other, str(tmp_path / "other"))
     assert worst(params_of(tmp_path / "other", data_dir), one) > 1e-2
