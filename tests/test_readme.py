@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import importlib.util
+import pkgutil
 import re
 import shutil
 import types
@@ -177,6 +178,8 @@ def test_files_modules_and_configs_named_exist():
             assert (where / path).exists(), (page, path)
     for name in set(re.findall(r"`((?:bdia_jax|train|tests|benchmarks|examples)/[\w/.]+)`", TEXT)):
         assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
+    for name in set(re.findall(r"`(bdia_jax(?:\.\w+)+)", TEXT)):
+        assert pkgutil.resolve_name(name), name
     for name in set(re.findall(r"-m ((?:benchmarks|train)\.\w+)", TEXT)):
         assert importlib.util.find_spec(name), name
 
