@@ -163,14 +163,13 @@ IN_PARTS = {"by_branch": True, "token_chunks": 2, "batch_chunks": 2}
 @pytest.mark.claim("rebuild is exact")
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [(jnp.bfloat16, {}), pytest.param(jnp.float32, IN_PARTS, marks=pytest.mark.full)],
+    [(jnp.bfloat16, {}), (jnp.float32, IN_PARTS)],
 )
 def test_the_rebuild_with_adapters_is_exact(dtype, options, quick_masks, optimized):
     report = adapted_stack(dtype, **options).audit(X, rngs=nnx.Rngs(7))
     assert report.exact and len(report.mismatches) == 4, report
 
 
-@pytest.mark.full
 @pytest.mark.control("rebuild is exact")
 def test_control_adapted_blocks_that_drift_are_not(quick_masks):
     assert not adapted_stack(jnp.float32, stack=drifting_stack).audit(X, rngs=nnx.Rngs(7)).exact
@@ -188,7 +187,6 @@ def gradient(seed=7, dtype=jnp.float32, **options):
     return jax.tree.leaves(of_adapters(adapters, jax.random.key(seed)))
 
 
-@pytest.mark.full
 @pytest.mark.claim("gradients equal store's")
 @pytest.mark.control("gradients equal store's")
 @pytest.mark.parametrize("options", [IN_PARTS, {"dtype": jnp.bfloat16}])
