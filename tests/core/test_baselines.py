@@ -165,13 +165,12 @@ def test_float_bdia_at_inference_is_differentiated_by_store():
 # --- drift, and the rest -------------------------------------------------------------
 
 
-def test_rebuild_errors_of_the_stacks(optimized):
-    errors = {s: np.asarray(make(s, depth=24).rebuild_errors(X)) for s in STACKS}
-    assert all(e.shape == (24,) for e in errors.values())
-    assert errors[FloatBDIAStack][0] > 100 * errors[FloatBDIAStack][12] > 0
-    assert errors[FloatBDIAStack][0] > 10 * max(errors[s][0] for s in (RevStack, MidpointStack))
-    audit = make(BDIAStack, depth=24).audit(X)
-    assert audit.exact and not audit.mismatches.any()
+def test_rebuild_errors_of_the_stacks():
+    rev, bdia = (
+        np.asarray(make(s, depth=24).rebuild_errors(X)) for s in (RevStack, FloatBDIAStack)
+    )
+    assert rev.shape == bdia.shape == (24,)
+    assert bdia[0] > 100 * bdia[12] > 0 and bdia[0] > 10 * rev[0] > 0
 
 
 @EVERY
