@@ -15,7 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from bdia_jax import _checks
-from bdia_jax._block import LeafFn, Leaves, over_leaves, partition
+from bdia_jax._block import Branch, LeafFn, Leaves, over_leaves, partition
+from bdia_jax._parts import value_and_vjp
 from bdia_jax.recurrence import per_element
 
 PyTree = Any
@@ -267,25 +268,23 @@ def _reverse(blocks, last: _Operands, ct_states, ct_aux, kept=None):
     def body(carry, block_inputs):
         x, x_next, u_here, u, ct_consts = carry
         params_k, coefficients_k, divisors_k, ct_aux_k, kept_k = block_inputs
-        ct_params_k = jax.tree.map(jnp.zeros_like, params_k.diff)
-        errors = []
+        ct_params_k, errors = jax.tree.map(jnp.zeros_like, params_k.diff), []
         for i in reversed(range(len(blocks))):
-
-            def differentiable(diff, x, diff_consts, block=blocks[i]):
-                h, aux = block(Leaves(diff, params_k.data), x, Leaves(diff_consts, consts.data))
-                return h, aux.diff
-
             at = _of_step(coefficients_k, i, x)
-            (h, _), block_vjp = jax.vjp(differentiable, params_k.diff, x, consts.diff)
-            x_prev = _inverse_step(x_next, x, h, _of_step(divisors_k, i, x))
-
+            h, ct = value_and_vjp(
+                (Branch(blocks[i], 1),),
+                params=params_k,
+                x=x,
+                consts=consts,
+                ct_h=at.c * u,
+                ct_aux=(ct_aux_k[i],),
+            )
             if kept_k is not None:
                 errors.append(jnp.max(jnp.abs(x - kept_k[i])))
-            ct_params_i, ct_x_block, ct_consts_i = block_vjp((at.c * u, ct_aux_k[i]))
-            u_here, u = at.a * u, u_here + at.b * u + ct_x_block
-            ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct_params_i)
-            ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_i)
-            x, x_next = x_prev, x
+            x, x_next = _inverse_step(x_next, x, h, _of_step(divisors_k, i, x)), x
+            u_here, u = at.a * u, u_here + at.b * u + ct.x
+            ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct.params)
+            ct_consts = jax.tree.map(jnp.add, ct_consts, ct.consts)
         largest = jnp.max(jnp.stack(errors)) if errors else None
         return (x, x_next, u_here, u, ct_consts), (ct_params_k, largest)
 

@@ -92,20 +92,13 @@ def generate(
             f"temperature is {temperature} and key {key}; pass key=jax.random.key(seed) to "
             "draw, or temperature=0 for the likeliest token"
         )
-    return _generate(
-        *nnx.split(model),
-        prompt,
-        prompt_lengths,
-        key,
-        temperature or None,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        end_token=end_token,
-    )
+    graphdef, state = nnx.split(model)
+    arrays = prompt, prompt_lengths, key, temperature or None
+    return _generate(graphdef, state, *arrays, num_tokens, top_k, end_token)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_tokens", "top_k", "end_token"))
-def _generate(graphdef, state, prompt, lengths, key, temperature, *, num_tokens, top_k, end_token):
+def _generate(graphdef, state, prompt, lengths, key, temperature, num_tokens, top_k, end_token):
     model = at_inference(graphdef, state)
     prompt, first, place = _open_cache(model, prompt, lengths, num_tokens)
     logits = model.logits(model.features(prompt, positions=first)[:, -1:])[:, 0]
@@ -205,9 +198,9 @@ def generate_beam(
     search = _Search(
         num_tokens, beam_size, no_repeat_ngram, ngrams_of_prompt, end_token, early_stopping
     )
-    tokens, scores = _generate_beam(
-        *nnx.split(model), prompt, prompt_lengths, length_penalty, search
-    )
+    graphdef, state = nnx.split(model)
+    arrays = prompt, prompt_lengths, length_penalty
+    tokens, scores = _generate_beam(graphdef, state, *arrays, search)
     return tokens[:, 0], scores[:, 0]
 
 

@@ -45,37 +45,29 @@ def translate(
         raise ValueError(f"max_len is {max_len}, expected 1 to the model's {model.max_len}")
     if PAD in (bos, eos):
         raise ValueError(f"bos is {bos} and eos {eos}, expected other tokens than padding, {PAD}")
-    tokens, scores = _translate(
-        *nnx.split(model),
-        source,
-        length_penalty,
-        max_len=max_len,
-        beam_size=beam_size,
-        bos=bos,
-        eos=eos,
-    )
+    graphdef, state = nnx.split(model)
+    arrays = source, length_penalty
+    tokens, scores = _translate(graphdef, state, *arrays, max_len, beam_size, bos, eos)
     return tokens[:, 0], scores[:, 0]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_len", "beam_size", "bos", "eos"))
-def _translate(graphdef, state, source, length_penalty, *, max_len, beam_size, bos, eos):
+def _translate(graphdef, state, source, length_penalty, max_len, beam_size, bos, eos):
     model = at_inference(graphdef, state)
-    batch_size = len(source)
     memory = jnp.repeat(model.encode(source), beam_size, axis=0)
     source_mask = jnp.repeat(source != PAD, beam_size, axis=0)
     blocks = model.decoder.blocks
     blocks.cross_attention.cache = MemoryCache(blocks.cross_attention, memory)
-    blocks.attention.cache = Cache(blocks.attention, batch_size * beam_size, max_len)
+    blocks.attention.cache = Cache(blocks.attention, len(memory), max_len)
 
     def evaluate(model, tokens, index):
-        positions = jnp.full((1, 1), index)
-        return model.decode(tokens, memory, source_mask, positions=positions)
+        return model.decode(tokens, memory, source_mask, positions=jnp.full((1, 1), index))
 
     step, cache = cached_step(model, evaluate)
     return beam_search(
         beam_step(step, beam_size),
         cache,
-        batch_size,
+        len(source),
         max_len,
         beam_size=beam_size,
         length_penalty=length_penalty,

@@ -18,10 +18,8 @@ from bdia_jax.baselines.float_scan import (
     two_stream,
 )
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.usefixtures("quick_compile"),
-]  # tests of exactness ask for `optimized`
+# tests of exactness ask for `optimized`
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 # The states are rebuilt inexactly by nature, so gradients agree for shallow stacks only:
 # `test_control_gradients_are_lost_in_a_deep_stack` is the other side of it.
 SHALLOW = 1e-3

@@ -62,6 +62,7 @@ def check(batch, tokens, width, depth, dtype, precision, guard_bits):
 
 
 @pytest.mark.full
+@pytest.mark.claim("gradients equal store's")
 def test_the_check_itself_at_toy_size(unoptimized):
     audit = check(**TOY, dtype=jnp.bfloat16, precision="default", guard_bits=4)
     assert audit.elements == 160 and audit.exact

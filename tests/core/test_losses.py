@@ -124,7 +124,7 @@ def test_of_one_class_or_no_token_there_is_nothing_to_learn():
 
 
 @pytest.mark.full
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     tokens=st.integers(2, 9),
     vocab_size=st.integers(2, 40),

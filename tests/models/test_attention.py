@@ -105,15 +105,13 @@ def test_an_unknown_implementation_is_refused(make):
 
 # --- what is lowered -------------------------------------------------------------------
 
-CAUSAL = partial(Attention, is_causal=True)
 
+def lowered_gradient(backprop, **options):
+    make_attention = partial(options.pop("make", partial(Attention, is_causal=True)), **options)
 
-def lowered_gradient(backprop, attention=CAUSAL, **options):
     def make_block(rngs):
-        part = partial(attention, **options)
-        return PreNormBlock(
-            WIDTH, HEADS, 32, dropout_rate=0.1, dtype=jnp.bfloat16, attention=part, rngs=rngs
-        )
+        options = {"dropout_rate": 0.1, "dtype": jnp.bfloat16, "attention": make_attention}
+        return PreNormBlock(WIDTH, HEADS, 32, **options, rngs=rngs)
 
     def make():
         return BDIAStack(make_block, 3, rngs=nnx.Rngs(0), backprop=backprop)
@@ -126,19 +124,37 @@ def lowered_gradient(backprop, attention=CAUSAL, **options):
     return lowered(jax.grad(loss), params, rest, X)
 
 
-def has_weights(text):
-    return f"x{TOKENS}x{TOKENS}x" in text
+SHARED_HEADS = {"make": RotaryAttention, "num_kv_heads": 1}
+TWICE = [FORWARD, FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize(
+    "backprop, options, calls",
+    [
+        ("reversible", {}, TWICE),
+        ("store", {}, [FORWARD, BACKWARD]),
+        ("reversible", {"implementation": "xla"}, []),
+        ("reversible", SHARED_HEADS, TWICE),
+        ("reversible", SHARED_HEADS | {"sliding_window": TOKENS}, TWICE),
+        ("reversible", SHARED_HEADS | {"sliding_window": TOKENS - 1}, []),
+    ],
+)
+def test_cudnn_writes_no_weights_and_xla_does(on_cuda, backprop, options, calls):
+    text = lowered_gradient(backprop, **options)
+    assert cudnn_calls(text) == calls
+    assert (f"x{TOKENS}x{TOKENS}x" in text) == (not calls)
+
+
+def test_without_a_gpu_nothing_is_cudnn():
+    assert not cudnn_calls(lowered_gradient("reversible"))
 
 
 @pytest.mark.claim("flash attention is one kernel in both passes")
 def test_a_reversible_stack_runs_one_cudnn_kernel_in_both_passes(on_cuda):
-    text = lowered_gradient("reversible")
-    assert cudnn_calls(text) == [FORWARD, FORWARD, BACKWARD]
-    assert not has_weights(text)
     forward, rebuild = (
         # from the name to the result types, without the names of values
         re.sub(r"%\S+", "%", line[line.index(FORWARD) :])
-        for line in text.splitlines()
+        for line in lowered_gradient("reversible").splitlines()
         if FORWARD in line and BACKWARD not in line
     )
     assert forward == rebuild
@@ -152,19 +168,6 @@ def test_control_alone_jax_runs_another_kernel_in_the_forward_pass(on_cuda):
     statistics = f"tensor<2x{HEADS}x{TOKENS}xf32>"
     assert statistics not in lowered(plain, q, q, q)
     assert statistics in lowered(attend, q, q, q)
-
-
-def test_plain_autodiff_runs_it_once(on_cuda):
-    assert cudnn_calls(lowered_gradient("store")) == [FORWARD, BACKWARD]
-
-
-def test_xla_can_be_forced_and_writes_the_weights(on_cuda):
-    text = lowered_gradient("reversible", implementation="xla")
-    assert not cudnn_calls(text) and has_weights(text)
-
-
-def test_without_a_gpu_nothing_is_cudnn():
-    assert not cudnn_calls(lowered_gradient("reversible"))
 
 
 def lowered_module(make, *inputs):
@@ -181,12 +184,6 @@ def test_other_attentions_choose_too(on_cuda):
     linear = partial(LINFORMER, **BF16)
     assert cudnn_calls(lowered_module(linear, X)) == [FORWARD]
     assert not cudnn_calls(lowered_module(partial(linear, dtype=jnp.float32), X))
-
-
-@pytest.mark.parametrize("window", [None, TOKENS, TOKENS - 1])
-def test_shared_heads_are_for_cudnn_and_so_is_a_window_that_sees_all(on_cuda, window):
-    text = lowered_gradient("reversible", RotaryAttention, num_kv_heads=1, sliding_window=window)
-    assert cudnn_calls(text) == ([] if window == TOKENS - 1 else [FORWARD, FORWARD, BACKWARD])
 
 
 def test_a_mask_is_for_xla_unless_cudnn_is_forced(on_cuda):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import GRAD_TOLERANCE, assert_grads_close, assert_same_bits, relative_error
+from toy import assert_grads_close, assert_same_bits, relative_error
 from toy_models import (
+    F32,
     IMAGES,
     PLAIN,
     SMALL,
@@ -169,16 +170,15 @@ def test_projections_that_end_a_branch_start_smaller():
 
 
 @pytest.mark.parametrize(
-    "name, stack",
+    "name",
     [
-        ("gpt2", BDIAStack),
-        *(pytest.param(name, BDIAStack, marks=FULL) for name in SMALL if name != "gpt2"),
-        pytest.param("gpt2", PLAIN, marks=FULL),
+        "gpt2",
+        *(pytest.param(name, marks=FULL) for name in ("vit", "llama", "transformer")),
     ],
 )
-def test_bfloat16_is_close_and_returns_float32(name, stack):
+def test_bfloat16_is_close_and_returns_float32(name):
     inputs = SMALL[name].inputs
-    whole, half = (run(small(name, stack, dtype=d), *inputs) for d in (jnp.float32, jnp.bfloat16))
+    whole, half = (run(small(name, dtype=dtype), *inputs) for dtype in (jnp.float32, jnp.bfloat16))
     assert half.shape == whole.shape and half.dtype == whole.dtype == jnp.float32
     assert 1e-4 < relative_error(half, whole) < 5e-2
 
@@ -212,7 +212,7 @@ def test_rngs_decide_dropout_and_gamma_and_inference_needs_none():
 def test_a_vit_is_as_wide_as_its_stack_says(stack, features):
     model = small("vit", stack, num_classes=7)
     assert model.head.kernel.shape == (features, 7) and model.norm.scale.shape == (features,)
-    assert model(IMAGES).shape == (3, 7)
+    assert nnx.eval_shape(lambda model: model(IMAGES), model).shape == (3, 7)
 
 
 class Wide(BDIAStack):
@@ -260,9 +260,7 @@ IN_PARTS = {"batch_chunks": 2, "by_branch": True, "token_chunks": 2}
     "name, options, stack_options",
     [
         ("gpt2", {}, {}),
-        pytest.param("vit", {"dropout_rate": 0.1}, {}, marks=FULL),
-        pytest.param("vit", {"dtype": jnp.bfloat16}, {}, marks=FULL),
-        pytest.param("linformer", {}, {}, marks=FULL),
+        pytest.param("linformer", {"dropout_rate": 0.1}, {}, marks=FULL),
         # a grid so fine that a rounding which depends on the parts does not matter
         pytest.param("llama", {"qk_norm": True, "sliding_window": 5}, IN_PARTS, marks=FULL),
         pytest.param("transformer", {}, {}, marks=FULL),
@@ -274,8 +272,7 @@ def test_reversible_gradients_equal_stored_ones(name, options, stack_options):
     actual, expected = (gradient(small(name, s, **options), *SMALL[name].inputs) for s in stacks)
     if name == "gpt2":
         actual, expected = map(without_key_bias, (actual, expected))
-    tolerance = GRAD_TOLERANCE[jnp.dtype(options.get("dtype", jnp.float32))]
-    assert_grads_close(actual, expected, tolerance)
+    assert_grads_close(actual, expected, F32)
 
 
 @pytest.mark.control("gradients equal store's")
@@ -291,7 +288,7 @@ def stack_inputs(name, model):
         see_source, see_target = ((tokens != 0)[:, None, None] for tokens in (SOURCE, TARGET))
         y, memory = model.embedding[...][TARGET], model.embedding[...][SOURCE]
         return model.decoder, (y, see_target, memory, see_source)
-    if name in ("vit", "linformer"):
+    if name == "linformer":
         return model.stack, (model.positions[...] + jnp.linspace(-2, 2, 16) * IMAGES[:, :5, 0, :1],)
     places = (jnp.arange(TOKENS.shape[1])[None],) if name == "llama" else ()
     return model.stack, (model.embedding[...][TOKENS], None, *places)
@@ -306,10 +303,9 @@ def audit(name, stack=BDIAStack, **options):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("llama", {"dtype": jnp.bfloat16}),
-        pytest.param("gpt2", {"depth": 5}, marks=FULL),
-        pytest.param("vit", {"depth": 9, "dropout_rate": 0.1}, marks=FULL),
-        pytest.param("linformer", {"depth": 9}, marks=FULL),
+        ("gpt2", {"depth": 5}),
+        pytest.param("llama", {"dtype": jnp.bfloat16}, marks=FULL),
+        pytest.param("linformer", {"depth": 9, "dropout_rate": 0.1}, marks=FULL),
         pytest.param("transformer", {"decoder_depth": 5}, marks=FULL),
     ],
 )
@@ -317,14 +313,6 @@ def test_the_rebuild_is_exact(name, options, optimized):
     assert audit(name, **options).exact
 
 
-@pytest.mark.full
-@pytest.mark.claim("rebuild is exact")
-def test_the_rebuild_of_bfloat16_is_exact_with_more_guard_bits(optimized):
-    stack = partial(BDIAStack, fixed_point=FixedPoint(guard_bits=5))
-    assert audit("vit", stack, depth=9, dtype=jnp.bfloat16).exact
-
-
 @pytest.mark.control("rebuild is exact")
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=FULL)])
-def test_control_the_audit_sees_a_block_that_drifts(name):
-    assert not audit(name, drifting_stack).exact
+def test_control_the_audit_sees_a_block_that_drifts():
+    assert not audit("gpt2", drifting_stack).exact

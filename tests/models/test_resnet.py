@@ -14,10 +14,8 @@ from bdia_jax import residual_bytes
 from bdia_jax.models.resnet import BasicBlock, ResNet, Transition
 from bdia_jax.nnx import BDIAStack
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.usefixtures("quick_compile"),
-]  # tests of exactness ask for `optimized`
+# tests of exactness ask for `optimized`
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 IMAGES, FEATURES = (
     jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, channels)), jnp.float32)
     for channels in (3, 8)
@@ -101,14 +99,12 @@ def test_the_plain_resnet_is_the_loop_over_its_blocks():
 # --- training ------------------------------------------------------------------------
 
 
-@pytest.mark.full
 @pytest.mark.claim("gradients equal store's")
 def test_every_gradient_equals_store():
     assert len(gradient("reversible")[0]) == 2 * 6 + 7 + 1 + 2 + 2
     assert_grads_close(gradient("reversible")[0], gradient("store")[0], F32)
 
 
-@pytest.mark.full
 def test_a_step_updates_the_statistics_once():
     stepped, stored = (statistics(gradient(b)[1]) for b in ("reversible", "store"))
     model = small_resnet()
@@ -132,25 +128,22 @@ def test_a_step_updates_the_statistics_once():
     np.testing.assert_allclose(mean, 0.1 * x.mean((0, 1, 2)), atol=1e-5)
 
 
-def audit(dtype, stack=BDIAStack):
-    make_block = lambda rngs: BasicBlock(8, dtype=dtype, rngs=rngs)  # noqa: E731
+def audit(stack=BDIAStack):
+    make_block = lambda rngs: BasicBlock(8, dtype=jnp.bfloat16, rngs=rngs)  # noqa: E731
     return stack(make_block, 5, rngs=nnx.Rngs(0)).audit(FEATURES)
 
 
 @pytest.mark.claim("rebuild is exact")
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.full), jnp.bfloat16])
-def test_its_blocks_are_rebuilt_exactly(dtype, optimized):
-    found = audit(dtype)
+def test_its_blocks_are_rebuilt_exactly(optimized):
+    found = audit()
     assert found.exact and found.mismatches.shape == (4,), found
 
 
-@pytest.mark.full
 @pytest.mark.control("rebuild is exact")
 def test_control_blocks_that_drift_are_not():
-    assert not audit(jnp.float32, drifting_stack).exact
+    assert not audit(drifting_stack).exact
 
 
-@pytest.mark.full
 def test_inference_takes_the_running_statistics():
     model = small_resnet()
     model.eval()
