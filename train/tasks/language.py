@@ -58,13 +58,13 @@ def load(config: Config) -> Task:
     )
     tokenizer = open_tokenizer(options.tokenizer, config.init_from, texts, options.vocab_size)
     train, held_out = (
-        load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
+        load_text(config.dataset, split, config.data_dir, tokenizer, options.length)
         for split in (config.train_split, config.eval_split)
     )
     return _make_task(config, tokenizer, train, held_out)
 
 
-def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+def abstract(config: Config, tokenizer: Tokenizer | None = None) -> Task:
     """The task by its shapes."""
     tokens = abstract_tokens(config)
     return _make_task(config, tokenizer or largest_tokenizer(config), tokens, tokens)
