@@ -19,16 +19,10 @@ from train.tasks import open_config
 from train.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-CONFIG = replace(
-    open_config(vit_digits.get_config("smoke")),
-    optimizer="adamw",
-    schedule="constant",
-    warmup_steps=0,
-    grad_clip_norm=0.0,
-    batch_size=8,
-    num_seeds=2,
-    seed=5,
-)
+VALUES = vit_digits.get_config("smoke")
+VALUES.update(optimizer="adamw", schedule="constant", warmup_steps=0, grad_clip_norm=0.0)
+VALUES.update(batch_size=8, num_seeds=2, seed=5)
+CONFIG = open_config(VALUES)
 SHIFT = 3.0  # what `prepare` adds to y
 
 

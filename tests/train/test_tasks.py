@@ -15,9 +15,10 @@ from bdia_jax.losses import softmax_cross_entropy
 from bdia_jax.models import attention
 from bdia_jax.text.generate import generate
 from configs import gpt2_openwebtext, translation_enfr, vit_digits
-from train.config import Input, ModelConfig, Positive, checked
+from train.config import Input, ModelConfig
 from train.data.text import PairBucket, pack_documents, pad_right
 from train.data.tokens import EOS, Bpe, Bytes
+from train.fields import Positive, checked
 from train.inference.open_run import open_run
 from train.loop import step_inputs
 from train.loop.train import train
@@ -141,39 +142,29 @@ def draw_images(count):
     return images.Images(jnp.asarray(pixels), jnp.asarray(draw(3, size=count, dtype=np.int32)))
 
 
-def test_image_loss_and_accuracy_are_those_of_the_softmax():
-    model, batch = classifier(0), draw_images(11)
-    pixels, labels = (np.asarray(array) for array in batch)
-    metrics = images._metrics(model, batch, None)
-    logits = model.logits_by_numpy(pixels, 0.0)
-    assert metrics.keys() == {"loss", "accuracy"}
-    np.testing.assert_allclose(metrics["loss"][0], cross_entropy(logits, labels), atol=1e-4)
-    correct = np.argmax(logits, -1) == labels
-    np.testing.assert_array_equal(metrics["accuracy"][0], correct)
-    assert 2 < correct.sum() < 9
-    for _, weight in metrics.values():
-        np.testing.assert_array_equal(weight, np.ones(11))
-
-
-def test_images_finish_with_the_accuracy_of_each_gamma_for_each_model(tmp_path):
-    held_out = draw_images(501)
+def test_images_measure_loss_and_accuracy_and_the_accuracy_of_each_gamma(tmp_path):
+    held_out, gammas = draw_images(501), (-0.5, 0.0, 0.5)
     pixels, labels = (np.asarray(array) for array in held_out)
-    gammas = (-0.5, 0.0, 0.5)
     config = config_of(vit_digits, "plain,smoke", inference_gammas=gammas)
-    finish = images.make_task(config, held_out, held_out, 3).finish
+    task = images.make_task(config, held_out, held_out, 3)
     models = [classifier(seed) for seed in (1, 2)]
-    final = finish(models, tmp_path)
-    expected = {
-        f"accuracy_gamma_{gamma}": [
-            np.mean(np.argmax(model.logits_by_numpy(pixels, gamma), -1) == labels)
-            for model in models
-        ]
-        for gamma in gammas
+    final = task.finish(models, tmp_path)
+    logits = [[model.logits_by_numpy(pixels, gamma) for model in models] for gamma in gammas]
+    correct = np.argmax(logits, -1) == labels
+    names = [f"accuracy_gamma_{gamma}" for gamma in gammas]
+    assert final == {
+        n: pytest.approx(each.mean(-1)) for n, each in zip(names, correct, strict=True)
     }
-    assert final == {name: pytest.approx(values) for name, values in expected.items()}
     for of_one_model in zip(*final.values(), strict=True):
         assert len(set(of_one_model)) == 3  # gamma matters here
     assert [model.stack.inference_gamma for model in models] == [0.0, 0.0]
+
+    metrics = task.metrics(models[0], held_out, None)
+    assert metrics.keys() == {"loss", "accuracy"}
+    np.testing.assert_allclose(metrics["loss"][0], cross_entropy(logits[1][0], labels), atol=1e-4)
+    np.testing.assert_array_equal(metrics["accuracy"][0], correct[1, 0])
+    for _, weight in metrics.values():
+        np.testing.assert_array_equal(weight, np.ones(501))
 
 
 # --- language ------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from bdia_jax.text.generate import generate_beam
-from train.config import Amount, Config, Count, Float, NotNegative, checked
+from train.config import Config
 from train.data.text import by_first, in_batches, pad_left, read_texts
 from train.data.tokens import Tokenizer, largest_tokenizer, open_tokenizer
+from train.fields import Amount, Count, Float, NotNegative, checked
 from train.tasks.causal_lm import MODELS, TokensInput, abstract_tokens, make_causal_lm
 from train.tasks.nlg_metrics import has_meteor, nlg_metrics
 from train.tasks.task import Metrics, Task, TaskKind

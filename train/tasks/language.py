@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax.text.generate import generate
-from train.config import Amount, Config, checked
+from train.config import Config
 from train.data.text import attention_mask, load_text, positions, read_texts, segments
 from train.data.tokens import SMALLEST_BPE, Tokenizer, largest_tokenizer, open_tokenizer
+from train.fields import Amount, checked
 from train.tasks.causal_lm import MODELS, TokensInput, abstract_tokens, make_causal_lm
 from train.tasks.task import Metrics, MetricsFn, Task, TaskKind
 

@@ -13,9 +13,10 @@ from pydantic import Field
 
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.text.translate import translate
-from train.config import LIST, Amount, Config, Count, Input, Int, ModelConfig, Share, checked
+from train.config import Config, Input, ModelConfig
 from train.data.text import PairBucket, bucket_pairs, by_first, in_batches, pad_right, read_texts
 from train.data.tokens import EOS, PAD, SMALLEST_BPE, Bpe, Tokenizer, largest_tokenizer
+from train.fields import LIST, Amount, Count, Int, Share, checked
 from train.tasks.task import Metrics, Task, TaskKind
 
 
