@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import record
 from benchmarks.fuzz_cases import Case, make_case, make_tiny
-from train import cli, evaluate, export, generate, prepare, report
+from train import cli
 from train.config import Config
 from train.datasets.registry import open_split
 from train.loop.program import check_fits, lower_steps, make_program
@@ -50,13 +50,13 @@ class Outcome(NamedTuple):
     message: str
 
 
-def run_case(case: Case, scratch: Path, train: Callable[..., Any] | None = None) -> Outcome:
+def run_case(case: Case, scratch: Path, train: Callable[..., Any]) -> Outcome:
     """What the program of a case does with it.
 
     Args:
         case: of `make_case`.
         scratch: of `make_scratch`; the current folder meanwhile.
-        train: stands for train.loop.train.train; by default what that does before it reads data.
+        train: stands for train.loop.train.train.
     """
     arguments = [argument.replace("{S}", str(scratch)) for argument in case.arguments]
     said = io.StringIO()
@@ -64,7 +64,7 @@ def run_case(case: Case, scratch: Path, train: Callable[..., Any] | None = None)
     try:
         os.chdir(scratch)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _in_time():
-            _run(case, arguments, scratch, train or checked)
+            _run(case, arguments, scratch, train)
     except SystemExit as stop:
         return _of_exit(stop, said.getvalue())
     except BaseException as error:
@@ -88,14 +88,7 @@ def _run(case: Case, arguments: list[str], scratch: Path, train: Callable[..., A
     elif name in ("train", "sweep", "launch"):
         _run_absl(name, arguments, train)
     else:
-        module = {
-            "report": report,
-            "prepare": prepare,
-            "generate": generate,
-            "evaluate": evaluate,
-            "export": export,
-        }[name]
-        module.main(arguments)
+        import_module(f"train.{name}").main(arguments)
 
 
 def checked(config: Config, workdir: str, command: str = "") -> dict[str, float]:
@@ -186,8 +179,8 @@ def _run_absl(name: str, arguments: list[str], train: Callable[..., Any]) -> Non
     }
     levels = logging.root.level, logging.root.handlers[:]
     try:
-        for flag, its in _flags[name].items():
-            flags.FLAGS[flag] = its
+        for flag, definition in _flags[name].items():
+            flags.FLAGS[flag] = definition
         argv = mock.patch.object(sys, "argv", [name, *arguments])
         with mock.patch.multiple(module, **stand_ins[name]), argv:
             cli.run(module.main)
@@ -196,8 +189,8 @@ def _run_absl(name: str, arguments: list[str], train: Callable[..., Any]) -> Non
             if flag in _flags[name] or flag.startswith("config."):
                 delattr(flags.FLAGS, flag)
         flags.FLAGS.unparse_flags()
-        for its in _flags[name].values():
-            its.unparse()
+        for definition in _flags[name].values():
+            definition.unparse()
         logging.root.setLevel(levels[0])
         logging.root.handlers[:] = levels[1]
 
@@ -229,12 +222,45 @@ def as_user(seeds: range, scratch: Path) -> list[dict[str, Any]]:
         module = "train" if case.program == "train" else f"train.{case.program}"
         done = subprocess.run(
             [sys.executable, "-m", module, *(a.replace("\ud800", "?") for a in arguments)],
-            cwd=scratch, env=os.environ | {"PYTHONPATH": str(_HERE)},
-            capture_output=True, timeout=600, check=False,
-        )  # fmt: skip
+            cwd=scratch,
+            env=os.environ | {"PYTHONPATH": str(_HERE)},
+            capture_output=True,
+            timeout=600,
+            check=False,
+        )
         if b"Traceback" in done.stderr or done.returncode not in (0, 1, 2):
             failures.append({"seed": seed, "stderr": done.stderr.decode()[-500:]})
     return failures
+
+
+def fuzz(scratch: Path, cases: range, tiny: range, processes: range) -> dict[str, Any]:
+    """Counts what the programs do with the cases of these numbers, and names the failures.
+
+    Args:
+        scratch: of `make_scratch`.
+        cases: numbers of cases up to where training begins.
+        tiny: of runs at smoke sizes, whose training step is traced besides.
+        processes: of those run as a user does.
+    """
+    counts: dict[str, Counter] = {}
+    failures = []
+    todo = [(number, make_case, checked) for number in cases]
+    todo += [(number, make_tiny, traced) for number in tiny]
+    for number, make, train in todo:
+        case = make(number)
+        outcome = run_case(case, scratch, train)
+        name = case.program if make is make_case else "traced"
+        counts.setdefault(name, Counter())[outcome.kind] += 1
+        if outcome.kind == FAILED:
+            message = outcome.message.replace(str(scratch), "{S}").replace(str(_HERE), "")
+            failures.append({"maker": make.__name__, "seed": number, "message": message})
+            print(json.dumps(failures[-1]), flush=True)
+    return {
+        "totals": dict(sum(counts.values(), Counter())),
+        "programs": {name: dict(each) for name, each in sorted(counts.items())},
+        "failures": failures,
+        "tracebacks_in_processes": as_user(processes, scratch),
+    }
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -244,35 +270,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--processes", type=int, default=20)
     options.add_argument("--first", type=int, default=0, help="number of the first case")
     args = record.parse(options, argv)
-    counts: dict[str, Counter] = {}
-    messages: Counter = Counter()
-    failures = []
+    counts = {name: getattr(args, name) for name in ("cases", "traced", "processes")}
+    ranges = (range(args.first, args.first + count) for count in counts.values())
     with tempfile.TemporaryDirectory() as made:
-        scratch = make_scratch(Path(made) / "a" / "b" / "c")
-        cases = [(seed, make_case, None) for seed in range(args.first, args.first + args.cases)]
-        cases += [(seed, make_tiny, traced) for seed in range(args.first, args.first + args.traced)]
-        for seed, make, train in cases:
-            case = make(seed)
-            outcome = run_case(case, scratch, train)
-            name = "traced" if train else case.program
-            counts.setdefault(name, Counter())[outcome.kind] += 1
-            messages[outcome.message.split("\n")[0][:40]] += 1
-            if outcome.kind == FAILED:
-                message = outcome.message.replace(str(scratch), "{S}").replace(str(_HERE), "")
-                failures.append({"maker": make.__name__, "seed": seed, "message": message})
-                print(json.dumps(failures[-1]), flush=True)
-        seen = as_user(range(args.first, args.first + args.processes), scratch)
-        print(json.dumps(seen))
-    totals = dict(sum(counts.values(), Counter()))
-    results = {
-        "totals": totals,
-        "programs": {name: dict(each) for name, each in sorted(counts.items())},
-        "failures": failures,
-        "tracebacks_in_processes": seen,
-    }
-    print(totals, f"{len(messages)} different messages")
-    config = {name: getattr(args, name) for name in ("cases", "traced", "processes", "first")}
-    record.write("fuzz", results, config, argv=argv, args=args)
+        results = fuzz(make_scratch(Path(made) / "a" / "b" / "c"), *ranges)
+    print(results["totals"], results["tracebacks_in_processes"])
+    record.write("fuzz", results, counts | {"first": args.first}, argv=argv, args=args)
     return results
 
 

@@ -3,97 +3,57 @@
 The file is over 300 lines because the cases of all programs share what they are made of.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
+from flax.traverse_util import flatten_dict
 
 from train.run.experiment import load_experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What a person, a script or a damaged file may put where a value is expected.
-TEXTS = (
-    *("abc", "1.5", "-1", "0", "1", "2", "3", "7", "1e400", "-1e400", "nan", "inf", "-inf", "-0.0"),
-    *("0.3", "1e-400", "1e308", "1e9", "1000000000", "1000000000000", "2147483647", "2147483648"),
-    *(
-        "-2147483649",
-        "9" * 40,
-        "9" * 5000,
-        "",
-        " ",
-        "ä",
-        "日本",
-        "\0",
-        "a\0b",
-        "\ud800",
-        "x" * 5000,
-    ),
-    *("(1, 2)", "()", "(0,)", "(-1, 2)", "(2, 1)", "('a',)", "(1", "((1,),)", "None", "{}"),
-    *(
-        "{'a': 1}",
-        "{'depth': 0}",
-        "[1]",
-        "True",
-        "false",
-        "0x10",
-        "1_000",
-        "'",
-        '"',
-        "--",
-        "=",
-        "[",
-    ),
-    *(
-        "[",
-        "(" * 300,
-        "*",
-        "..",
-        "~",
-        "$HOME",
-        "a/b",
-        "-",
-        "\n",
-        "%s",
-        "{0}",
-        "train",
-        "train[:10]",
-    ),
-)
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 1.5, -0.0, float("nan"), float("inf"), 1e308, 10**9),
-    *(10**12, 2**31 - 1, 2**31, 10**400, 10**5000, "", "abc", "\0", "\ud800", "x" * 5000, "1"),
-    *((), (1, 2), (0,), ("a",), ((1,),), [1], {}, {"a": 1}, {1: 2}, b"x", 1j, object, [None]),
-)
+_WORDS = """
+    abc 1.5 -1 0 1 2 3 7 1e400 -1e400 nan inf -inf -0.0 0.3 1e-400 1e308 1e9 1000000000
+    1000000000000 2147483647 2147483648 -2147483649 () (0,) (1 ((1,),) ('a',) None {} {'depth':0}
+    [1] True false 0x10 1_000 ' " -- = [ * .. ~ $HOME a/b - %s {0} ä 日本 train train[:10]
+"""
+TEXTS = (*_WORDS.split(), "9" * 40, "9" * 5000, "x" * 5000, "(" * 300, "(-1, 2)", "(1, 2)")
+TEXTS += ("", " ", "\n", "\0", "a\0b", "\ud800", "{'a': 1}")
+_NUMBER_LIKE = TEXTS[:24]
+VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 2, 3, 1.5, -0.0, 10**9, 10**12, 2**31 - 1)
+VALUES += (2**31, 10**400, 10**5000, float("nan"), float("inf"), 1e308, "", "abc", "\0", "\ud800")
+VALUES += ("x" * 5000, "1", (), (1, 2), (0,), ("a",), ((1,),), [1], [None], {}, {"a": 1}, {1: 2})
+VALUES += (b"x", 1j, object)
 # Values that some field takes: two of them may contradict each other.
-_SENSIBLE: dict[str, tuple[str, ...]] = {
-    "dataset": (*("digits", "pydoc", "numbers_enfr", "restaurants", "cifar10", "e2e"), "digitz"),
-    "train_split": ("train", "train[:50]", "train[:0]", "train[:200%]", "train[5:2]", "tran", "["),
-    "eval_split": ("validation", "validation[:2]", "train+validation", "test", "all", "x[", "{}"),
-    "data_dir": ("", "empty", "file", "no/such", "workdir", "x" * 300, "x/" * 3000),
-    "stack": ("bdia", "revnet", "midpoint", "bdai"),
-    "backprop": ("reversible", "store", "remat", "stored"),
-    "optimizer": ("set_adam", "adamw", "sgd"),
-    "schedule": ("constant", "linear", "cosine"),
-    "non_finite": ("stop", "skip", "ignore"),
-    "init_from": ("", "no/such", "file", "workdir", "empty"),
-    "model.name": ("vit", "gpt2", "transformer", "resnet", "pretrained", "bert"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "input.tokenizer": ("bytes", "bpe", "checkpoint", "gpt3"),
-    "input.boundaries": ("(8, 16)", "(16, 8)", "(0,)", "(1,)", "(16, 16)", "(2, 64)"),
-    "input.inference_gammas": ("(0.0,)", "(0.0, 0.5)", "(0.7,)", "()"),
-    "model.widths": ("(8, 16)", "(8,)", "()", "(0, 8)", "(7, 9)", "(16, 8)"),
-    "model.depths": ("(2, 2)", "(1,)", "()", "(0, 1)", "(1, 2)"),
-    "gamma": ("0.5", "0.25", "0.125", "0", "0.6", "1", "1e-30"),
-    "frac_bits": ("9", "0", "1", "24", "30", "31", "-3"),
-    "guard_bits": ("-1", "0", "1", "5", "7"),
-}
-_NUMBERS = {
-    int: ("1", "2", "3", "4", "5", "8", "16", "0", "32"),
-    float: ("0.0", "0.1", "0.5", "0.9", "1.0", "1e-3", "10"),
-    bool: ("True", "False"),
+_SENSIBLE = {
+    "dataset": "digits pydoc numbers_enfr restaurants cifar10 e2e digitz",
+    "train_split": "train train[:50] train[:0] train[:200%] train[5:2] tran [",
+    "eval_split": "validation validation[:2] train+validation test all x[ {}",
+    "data_dir": f"empty file no/such workdir {'x' * 300} {'x/' * 3000}",
+    "task": "images language translation data_to_text image",
+    "stack": "bdia revnet midpoint bdai",
+    "backprop": "reversible store remat stored",
+    "optimizer": "set_adam adamw sgd",
+    "schedule": "constant linear cosine",
+    "non_finite": "stop skip ignore",
+    "init_from": "no/such file workdir empty",
+    "model.name": "vit gpt2 transformer resnet pretrained bert",
+    "model.dtype": "float32 bfloat16 float16",
+    "input.tokenizer": "bytes bpe checkpoint gpt3",
+    "input.boundaries": "(8,16) (16,8) (0,) (1,) (16,16) (2,64)",
+    "input.inference_gammas": "(0.0,) (0.0,0.5) (0.7,) ()",
+    "model.widths": "(8,16) (8,) () (0,8) (7,9) (16,8)",
+    "model.depths": "(2,2) (1,) () (0,1) (1,2)",
+    "gamma": "0.5 0.25 0.125 0 0.6 1 1e-30",
+    "frac_bits": "9 0 1 24 30 31 -3",
+    "guard_bits": "-1 0 1 5 7",
+    int: "1 2 3 4 5 8 16 0 32",
+    float: "0.0 0.1 0.5 0.9 1.0 1e-3 10",
+    bool: "True False",
 }
 
 
@@ -112,19 +72,16 @@ class Case(NamedTuple):
 def make_case(seed: int) -> Case:
     """The same case for the same number."""
     rng = np.random.default_rng(seed)
-    makers = (
-        *((_train, 9), (_sweep, 3), (_config, 6), (_config_json, 3), (_sweep_all, 1), (_launch, 1)),
-        *((_report, 1), (_prepare, 1), (_generate, 1), (_evaluate, 1), (_export, 1)),
-    )
-    functions, weights = zip(*makers, strict=True)
-    return functions[rng.choice(len(functions), p=np.divide(weights, sum(weights)))](rng)
+    makers = [*_MAKERS]
+    weights = np.array([*_MAKERS.values()])
+    return makers[rng.choice(len(makers), p=weights / weights.sum())](rng)
 
 
 def make_tiny(seed: int) -> Case:
     """A command line of `python -m train` at smoke size, with fields that some config has."""
     rng = np.random.default_rng(seed)
-    file = _pick(rng, ("vit_digits", "gpt2_openwebtext", "translation_enfr", "gpt2_e2e"))
-    run = _pick(rng, [*_experiment(file).RUNS])
+    file = _pick(rng, "vit_digits gpt2_openwebtext translation_enfr gpt2_e2e")
+    run = _pick(rng, _experiment(file).RUNS)
     fields = _fields(file)
     arguments = [f"--config={CONFIGS / file}.py:{run},smoke", "--workdir={S}/" + f"w{seed}"]
     for name in rng.choice([*fields], rng.integers(1, 4), replace=False):
@@ -140,9 +97,8 @@ def _train(rng) -> Case:
     arguments = [f"--config={_config_argument(rng, file)}", f"--workdir={_workdir(rng)}"]
     arguments += _overrides(rng, file)
     if rng.random() < 0.1:
-        joining = ("--coordinator", "--num_processes", "--process_id")
-        name = _pick(rng, joining)
-        arguments.append(f"{name}={_pick(rng, TEXTS[:20])}")
+        name = _pick(rng, "--coordinator --num_processes --process_id")
+        arguments.append(f"{name}={_pick(rng, _NUMBER_LIKE)}")
     return Case("train", _spoilt(rng, arguments))
 
 
@@ -152,9 +108,9 @@ def _sweep(rng) -> Case:
     arguments = [f"--config={argument}", f"--workdir={_workdir(rng)}"]
     arguments += _overrides(rng, file)
     if rng.random() < 0.5:
-        arguments.append(f"--scale={_pick(rng, ('smoke', 'small', 'smok', *TEXTS[20:30]))}")
+        arguments.append(f"--scale={_pick(rng, ('smoke', 'small', 'smok', *TEXTS[24:34]))}")
     if rng.random() < 0.5:
-        arguments.append(f"--runs={_pick(rng, ('bdia', 'plain', 'bdai', 'bdia,plain', ',', '[]'))}")
+        arguments.append(f"--runs={_pick(rng, 'bdia plain bdai bdia,plain , []')}")
     return Case("sweep", _spoilt(rng, arguments))
 
 
@@ -185,17 +141,17 @@ def _config_json(rng) -> Case:
 def _sweep_all(rng) -> Case:
     arguments = ["--all", "--out={S}/out", "--workdir={S}/all"]
     if rng.random() < 0.5:
-        arguments += ["--scale", _pick(rng, ("smoke", "", "small", "smok", *TEXTS[:20]))]
+        arguments += ["--scale", _pick(rng, ("smoke", "", "small", "smok", *_NUMBER_LIKE))]
     fields = _fields("vit_digits")
     arguments += [
-        "--set=" + _pick(rng, ("", "x", _pick(rng, [*fields]) + "=")) + _pick(rng, TEXTS)
+        "--set=" + _pick(rng, ("", "x", _pick(rng, fields) + "=")) + _pick(rng, TEXTS)
         for _ in range(rng.integers(0, 3))
     ]
     return Case("sweep", _spoilt(rng, arguments))
 
 
 def _launch(rng) -> Case:
-    arguments = [f"--processes={_pick(rng, TEXTS)}", f"--devices={_pick(rng, TEXTS[:24])}"]
+    arguments = [f"--processes={_pick(rng, TEXTS)}", f"--devices={_pick(rng, _NUMBER_LIKE)}"]
     return Case("launch", _spoilt(rng, arguments[: rng.integers(0, 3)]))
 
 
@@ -232,28 +188,14 @@ def _files() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*_*.py") if path.stem[0] != "_")
 
 
-_experiments: dict[str, Any] = {}
-
-
+@functools.cache
 def _experiment(file: str) -> Any:
-    if file not in _experiments:
-        _experiments[file] = load_experiment(str(CONFIGS / f"{file}.py"))
-    return _experiments[file]
+    return load_experiment(str(CONFIGS / f"{file}.py"))
 
 
 def _flat_values(file: str) -> dict[str, Any]:
     """name -> value of every field of an experiment."""
-    flat = {}
-
-    def add(config: ConfigDict, prefix: str) -> None:
-        for name, value in config.items():
-            if isinstance(value, ConfigDict):
-                add(value, f"{prefix}{name}.")
-            else:
-                flat[prefix + name] = value
-
-    add(_experiment(file).get_config(), "")
-    return flat
+    return flatten_dict(_experiment(file).get_config().to_dict(), sep=".")
 
 
 def _fields(file: str) -> dict[str, type]:
@@ -273,7 +215,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 def _spoil(rng, values: dict[str, Any], others: Any) -> None:
     """Changes, removes, renames or adds fields."""
     for _ in range(rng.integers(1, 4)):
-        name = _pick(rng, [*values])
+        name = _pick(rng, values)
         kind = rng.integers(8)
         if kind == 0:
             del values[name]
@@ -288,7 +230,7 @@ def _spoil(rng, values: dict[str, Any], others: Any) -> None:
 def _config_argument(rng, file: str) -> str:
     path = f"{CONFIGS / file}.py"
     experiment = _experiment(file)
-    words = [_pick(rng, [*experiment.RUNS]), _pick(rng, [*experiment.SCALES])]
+    words = [_pick(rng, experiment.RUNS), _pick(rng, experiment.SCALES)]
     kind = rng.integers(12)
     if kind == 0:
         words[0] = _misspelt(rng, words[0])
@@ -297,16 +239,8 @@ def _config_argument(rng, file: str) -> str:
     elif kind == 2:
         words += words
     elif kind == 3:
-        others = (
-            "",
-            "{S}/no.py",
-            "{S}/file",
-            "{S}",
-            "{S}/broken.py",
-            "{S}/raises.py",
-            "{S}/none.py",
-        )
-        path = _pick(rng, (*others, _misspelt(rng, path), *TEXTS))
+        files = "{S}/no.py {S}/file {S} {S}/broken.py {S}/raises.py {S}/none.py"
+        path = _pick(rng, (_pick(rng, files), _misspelt(rng, path), _pick(rng, TEXTS)))
     elif kind < 6:
         return path
     return f"{path}:{','.join(words)}"
@@ -315,28 +249,27 @@ def _config_argument(rng, file: str) -> str:
 def _overrides(rng, file: str) -> list[str]:
     fields, changes = _fields(file), []
     for _ in range(rng.choice(4, p=(0.1, 0.4, 0.3, 0.2))):
-        name = _pick(rng, [*fields])
+        name = _pick(rng, fields)
         kind = rng.integers(10)
         text = _sensible(rng, name, fields[name])
         if kind == 0:
             name = _misspelt(rng, name)
         elif kind == 1:
-            name = _pick(
-                rng, ("model", "input", "mesh", "lora", "", ".", "model.", "a.b.c", "model.x")
-            )
+            name = _pick(rng, "model input mesh lora . model. a.b.c model.x")
         if kind in (1, 2, 3, 4):
             text = _pick(rng, TEXTS)
         changes += _pick(rng, ([f"--config.{name}={text}"] * 1, [f"--config.{name}", text]))
     return changes
 
 
-def _sensible(rng, name: str, kind: type) -> str:
-    return _pick(rng, _SENSIBLE.get(name) or _NUMBERS.get(kind) or TEXTS)
+def _sensible(rng, name: Any, kind: Any) -> str:
+    known = _SENSIBLE.get(name) or _SENSIBLE.get(kind)
+    return _pick(rng, known or TEXTS)
 
 
 def _folder(rng) -> str:
     """Where a folder or a file is expected."""
-    known = ("empty", "file", "no/such", "workdir", "sweep", "others", "damaged", "", "file/below")
+    known = "./ empty file no/such workdir sweep others damaged file/below"
     return _pick(rng, TEXTS) if rng.random() < 0.2 else "{S}/" + _pick(rng, known)
 
 
@@ -349,8 +282,8 @@ def _spoilt(rng, arguments: list[str]) -> list[str]:
     arguments, kind = [*arguments], rng.integers(14)
     place = int(rng.integers(len(arguments) + 1))
     if kind == 0:
-        more = ("--workdri=x", "x", "--", "-", "--=", "--config.", "--no", "--flagfile={S}/no", "")
-        arguments.insert(place, _pick(rng, (*more, "--config", "--flagfile={S}", "--undefok=x")))
+        more = "--workdri=x x -- - --= --config. --no --flagfile={S}/no --config --flagfile={S}"
+        arguments.insert(place, _pick(rng, ("", _pick(rng, more), "--undefok=x")))
     elif kind == 1 and arguments:
         del arguments[min(place, len(arguments) - 1)]
     elif kind == 2 and arguments:
@@ -371,4 +304,11 @@ def _misspelt(rng, word: str) -> str:
 
 
 def _pick(rng, choices: Any) -> Any:
+    """One of several, or of the words of a text."""
+    choices = choices.split() if isinstance(choices, str) else [*choices]
     return choices[int(rng.integers(len(choices)))]
+
+
+# How often each is made.
+_MAKERS = {_train: 9, _sweep: 3, _sweep_all: 1, _config: 6, _config_json: 3, _launch: 1}
+_MAKERS |= {_report: 1, _prepare: 1, _generate: 1, _evaluate: 1, _export: 1}

@@ -1,100 +1,24 @@
 """The frozen form of an experiment's config, checked once at the door (`train.tasks.open_config`).
 
-What a field may be stands beside it. What depends on other fields is checked by the class that
-knows: `Config`, the input of a task, or the model. (The file is over 300 lines because all fields
-of a config stand in one place.)
+What a field may be stands beside it (`train.fields`). What depends on other fields is checked by
+the class that knows: `Config`, the input of a task, or the model.
 """
 
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
-
-# Kinds of fields. Numbers have to fit into the device's int32 and float32.
-Int = Annotated[int, Field(ge=1 - 2**31, le=2**31 - 1)]
-Count = Annotated[Int, Field(ge=1)]
-Amount = Annotated[Int, Field(ge=0)]
-Float = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
-Positive = Annotated[Float, Field(gt=0)]
-NotNegative = Annotated[Float, Field(ge=0)]
-Share = Annotated[Float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+from train.fields import Amount, Count, Float, Int, NotNegative, Positive, Share, Text, checked
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "True or False",
-    "tuple_type": "several, as in '(1, 2)'",
-    "literal_error": "one of {expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
-    **dict.fromkeys(
-        ("string_type", "string_unicode", "string_pattern_mismatch"), "text, without zero bytes"
-    ),
-}
-
-_Class = TypeVar("_Class", bound=type)
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=False, field_specifiers=(Field,))
-def checked(cls: _Class) -> _Class:
-    """A frozen dataclass whose values have to be of its annotations (pydantic's, strictly).
-
-    An int stands for a float, too, and a list for a tuple marked `LIST`. A class says by `group`
-    where a config has its fields. What is wrong is a ValueError, each in a few words.
-    """
-    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    made: Any = dataclass(cls, frozen=True, config=rules)
-    init = made.__init__
-
-    def __init__(self, *args, **kwargs):
-        try:
-            return init(self, *args, **kwargs)
-        except ValidationError as error:
-            problems = error.errors(include_url=False)
-        raise ValueError("; ".join(_described(made, each) for each in problems))
-
-    made.__init__ = __init__
-    return made
-
-
-def _described(cls: Any, problem: Any) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "value_error":
-        return str(context["error"])
-    field, *rest = problem["loc"]
-    if isinstance(field, int):  # an argument without a name
-        field = dataclasses.fields(cls)[field].name
-    name = ".".join(map(str, [*filter(None, [cls.group]), field, *rest]))
-    if kind == "missing":
-        return f"no field {name}"
-    if kind == "unexpected_keyword_argument":
-        return f"unknown field {name}"
-    expected = (_EXPECTED.get(kind) or problem["msg"]).format(**context)
-    return f"{name} is {short(problem['input'])}, expected {expected}"
-
-
-def short(value: Any) -> str:
-    """repr(value), cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write an int of thousands of digits
-        return f"an int of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 class Input:
@@ -140,6 +64,19 @@ class ModelConfig:
                 f"lora.rank is {config.lora.rank} with model {self.name!r}: adapters are for "
                 "a ViT or a language model; set lora.rank=0"
             )
+
+
+@checked
+class StandardConfig(ModelConfig):
+    """The arguments of a decoder-only model, or of a ViT."""
+
+    is_standard: ClassVar[bool] = True
+
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    dropout_rate: Share
 
 
 @checked
@@ -263,9 +200,17 @@ class Config:
                 f"batch_chunks {self.batch_chunks} does not divide batch_size {self.batch_size}; "
                 "take a divisor of it, or another batch_size"
             )
-        if self.stack != "bdia":
-            self._check_baseline()
-        elif self.backprop == "reversible" and not (self.quantize and _is_power(self.gamma)):
+        is_baseline = self.stack != "bdia"
+        if is_baseline and (self.quantize or self.gamma or self.backprop == "remat"):
+            raise ValueError(
+                f"stack={self.stack!r} with gamma={self.gamma}, quantize={self.quantize} and "
+                f"backprop={self.backprop!r}: this baseline has floating-point states and no "
+                "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
+            )
+        if is_baseline and self.parts:
+            raise ValueError(f"stack={self.stack!r} with {self.parts}: only stack='bdia' has them")
+        is_reversible = is_baseline or (self.quantize and _is_power(self.gamma))
+        if self.backprop == "reversible" and not is_reversible:
             raise ValueError(
                 f"backprop='reversible' with gamma={self.gamma} and quantize={self.quantize}: it "
                 "needs gamma 0.5, 0.25 or 0.125 and quantize=True; "
@@ -273,16 +218,6 @@ class Config:
             )
         self.model.check(self)
         self.input.check(self)
-
-    def _check_baseline(self):
-        if self.quantize or self.gamma or self.backprop == "remat":
-            raise ValueError(
-                f"stack={self.stack!r} with gamma={self.gamma}, quantize={self.quantize} and "
-                f"backprop={self.backprop!r}: this baseline has floating-point states and no "
-                "gamma; set gamma=0, quantize=False and backprop 'reversible' or 'store'"
-            )
-        if self.parts:
-            raise ValueError(f"stack={self.stack!r} with {self.parts}: only stack='bdia' has them")
 
     @property
     def parts(self) -> str:
@@ -314,15 +249,9 @@ class Config:
             gamma_bits = round(-math.log2(self.gamma)) if _is_power(self.gamma) else 1
             guard_bits = 1 if self.guard_bits == -1 else self.guard_bits  # 1 until chosen
             fixed_point = FixedPoint(self.frac_bits, guard_bits, gamma_bits)
-        return partial(
-            BDIAStack,
-            magnitude=self.gamma,
-            fixed_point=fixed_point,
-            backprop=self.backprop,
-            by_branch=self.by_branch,
-            batch_chunks=self.batch_chunks,
-            token_chunks=self.token_chunks,
-        )
+        names = ("backprop", "by_branch", "batch_chunks", "token_chunks")
+        options = {name: getattr(self, name) for name in names}
+        return partial(BDIAStack, magnitude=self.gamma, fixed_point=fixed_point, **options)
 
 
 def _is_power(gamma: float) -> bool:

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax import FixedPoint
@@ -28,8 +27,8 @@ from train.inference.agreement import Agreement, compare
 from train.inference.open_run import open_run
 from train.loop.log import origin
 from train.tasks import load_task
-from train.tasks.language import Sequences
-from train.tasks.task import Metrics, group_size
+from train.tasks.language import Sequences, text_metrics
+from train.tasks.task import group_size
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Agreement]:
@@ -44,14 +43,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Agreement]:
     fixed_point = next((each.fixed_point for each in stacks if each.fixed_point), FixedPoint())
     if args.frac_bits is not None:
         fixed_point = dataclasses.replace(fixed_point, frac_bits=args.frac_bits)
-    if run.config is None or args.dataset:
+    if args.dataset:
         about, metrics, groups = _texts(args, run)
+    elif run.config is None:
+        raise ValueError(
+            f"{args.folder} is a checkpoint without a data set; name one: --dataset=pydoc"
+        )
     else:
-        changes = {"eval_split": args.split} if args.split else {}
-        changes |= {"data_dir": args.data_dir} if args.data_dir else {}
-        config = dataclasses.replace(run.config, **changes)
-        task = load_task(config)
-        about = {"dataset": config.dataset, "split": config.eval_split}
+        split = args.split or run.config.eval_split
+        task = load_task(dataclasses.replace(run.config, eval_split=split))
+        about = {"dataset": run.config.dataset, "split": split}
         metrics, groups = task.metrics, task.eval_groups
     result = compare(run.model, metrics, groups, args.batch_size, fixed_point)
     examples = sum(map(group_size, groups))
@@ -61,27 +62,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Agreement]:
 
 def _texts(args: argparse.Namespace, run: Any) -> tuple[dict[str, Any], Any, Any]:
     """Any set of texts, for any language model: (what it is, metrics, groups)."""
-    if not args.dataset:
-        raise ValueError(
-            f"{args.folder} is a checkpoint without a data set; name one: --dataset=pydoc"
-        )
     if not hasattr(run.model, "loss") or not hasattr(run.model.stack.blocks, "attention"):
         kind = type(run.model).__name__
         raise ValueError(f"{args.folder} is a {kind}, expected a GPT-2 or Llama for --dataset")
     tokenizer = choose_tokenizer(args.tokenizer, args.folder, run.tokenizer)
     length = args.length or min(run.model.max_len, 1024)
     split = args.split or "validation"
-    windows = load_text(args.dataset, split, args.data_dir, tokenizer, length).tokens
+    windows = load_text(args.dataset, split, args.data_dir, tokenizer, length)
     check_vocabulary(run.model, int(windows.max()))
-
-    def metrics(model: Any, batch: Sequences, rngs: Any) -> Metrics:
-        """As in `train.tasks.language`, documents of a window seeing each other."""
-        features = model.features(batch.tokens[:, :-1], rngs=rngs)
-        loss = model.loss(features, batch.tokens[:, 1:])
-        return {"loss": (loss.sum(-1), jnp.full(len(loss), loss.shape[1], jnp.float32))}
-
     about = {"dataset": args.dataset, "split": split, "length": length}
-    return about, metrics, (Sequences(jnp.asarray(windows)),)
+    return about, text_metrics(None), (Sequences(windows),)
 
 
 def table(about: dict[str, Any], result: Agreement) -> str:

@@ -17,11 +17,12 @@ from flax import nnx
 
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.text.generate import generate, generate_beam
-from bdia_jax.text.translate import translate
 from train.cli import parse_args, told
-from train.data.tokens import EOS, PAD, Tokenizer, open_tokenizer
+from train.data.text import pad_left
+from train.data.tokens import Tokenizer, open_tokenizer
 from train.inference.open_run import open_run
 from train.tasks import TASKS
+from train.tasks.translation import translate_texts
 
 
 def continue_texts(
@@ -30,13 +31,8 @@ def continue_texts(
     prompts: Sequence[str],
     num_tokens: int,
     *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    beam_size: int = 0,
-    length_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
-    are_meanings: bool = False,
+    ends_prompts: bool = False,
+    **options: Any,
 ) -> list[str]:
     """What the model writes behind each prompt, up to the end of the text or num_tokens tokens.
 
@@ -45,59 +41,23 @@ def continue_texts(
         tokenizer: the one it was trained with.
         prompts: all continued at once; an empty one begins a new text.
         num_tokens: at most.
-        seed, temperature, top_k: as in `generate`; seed makes its key.
-        beam_size: 0 draws; above, the next two arguments go to `generate_beam`.
-        are_meanings: end of text comes behind each prompt, as `train.tasks.data_to_text` trains.
+        ends_prompts: end of text comes behind each prompt, as `train.tasks.data_to_text` trains.
+        options: of `generate_beam` if there is a beam_size, else of `generate`.
 
     Raises:
         ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
     """
     end = tokenizer.end_of_text
-    ids = [tokenizer.encode(prompt) + [end] * are_meanings or [end] for prompt in prompts]
+    ids = [tokenizer.encode(prompt) + [end] * ends_prompts or [end] for prompt in prompts]
     check_vocabulary(model, max(map(max, ids)))
-    lengths = [len(row) for row in ids]
-    padded = jnp.array([[end] * (max(lengths) - len(row)) + row for row in ids])
-    where: Any = {"prompt_lengths": None if len(set(lengths)) == 1 else jnp.array(lengths)}
-    if beam_size:
-        new, _ = generate_beam(
-            model, padded, num_tokens, **where, beam_size=beam_size, end_token=end,
-            length_penalty=length_penalty, no_repeat_ngram=no_repeat_ngram,
-        )  # fmt: skip
+    rows, lengths = map(jnp.asarray, pad_left(ids, end))
+    options |= {"prompt_lengths": lengths if len(set(map(len, ids))) > 1 else None}
+    if options.get("beam_size"):
+        new = generate_beam(model, rows, num_tokens, end_token=end, **options)[0]
     else:
-        new = generate(
-            model, padded, num_tokens, **where, key=jax.random.key(seed),
-            temperature=temperature, top_k=top_k, end_token=end,
-        )[:, max(lengths) :]  # fmt: skip
+        new = generate(model, rows, num_tokens, end_token=end, **options)[:, rows.shape[1] :]
     # a vocabulary padded to a round number has tokens that mean nothing
     return [tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in new.tolist()]
-
-
-def translate_texts(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    sources: Sequence[str],
-    num_tokens: int,
-    *,
-    beam_size: int = 4,
-    length_penalty: float = 0.6,
-) -> list[str]:
-    """The translation of each sentence. Args: as in `translate`, num_tokens its max_len.
-
-    Raises:
-        ValueError: a sentence longer than the model takes; as `translate`.
-    """
-    ids = [[*tokenizer.encode(source), EOS] for source in sources]
-    width = max(map(len, ids))
-    if width > model.max_len:
-        longest = max(sources, key=lambda source: len(tokenizer.encode(source)))
-        raise ValueError(
-            f"a source has {width} tokens, expected at most {model.max_len}: {longest!r}; split it"
-        )
-    rows = jnp.array([row + [PAD] * (width - len(row)) for row in ids])
-    tokens, _ = translate(
-        model, rows, num_tokens, beam_size=beam_size, length_penalty=length_penalty
-    )
-    return [tokenizer.decode(row) for row in tokens.tolist()]
 
 
 def check_vocabulary(model: Any, largest: int) -> None:
@@ -133,27 +93,43 @@ def run(args: argparse.Namespace) -> str:
     if takes != ("--source" if args.source else "--prompt"):
         raise ValueError(f"{args.folder} is a {type(model).__name__}, which takes {takes}")
     tokenizer = choose_tokenizer(args.tokenizer, args.folder, opened.tokenizer)
-    beam: dict[str, Any] = {}
-    if args.length_penalty is not None:
-        beam["length_penalty"] = args.length_penalty
-    if isinstance(model, Transformer):
-        num_tokens = min(args.num_tokens, model.max_len)
-        size = args.beam_size or 4
-        return "\n".join(
-            translate_texts(model, tokenizer, args.source, num_tokens, beam_size=size, **beam)
-        )
+    if args.source:
+        return _translated(model, tokenizer, args)
     if opened.config is None:
-        opened.model.stack.fixed_point, opened.model.stack.backprop = None, "store"
-    ends_prompts = opened.config is not None and TASKS[opened.config.task].ends_prompts
-    are_meanings = args.meaning or ends_prompts
+        model.stack.fixed_point, model.stack.backprop = None, "store"
+    is_run_of_them = opened.config is not None and TASKS[opened.config.task].ends_prompts
+    ends_prompts = args.meaning or is_run_of_them
+    if args.beam_size:
+        penalty = 1.0 if args.length_penalty is None else args.length_penalty
+        options = {"beam_size": args.beam_size, "length_penalty": penalty}
+        options["no_repeat_ngram"] = args.no_repeat_ngram
+    else:
+        options = {"temperature": args.temperature, "top_k": args.top_k or None}
+        options["key"] = jax.random.key(args.seed)
     new = continue_texts(
-        opened.model, tokenizer, prompts, args.num_tokens, are_meanings=are_meanings,
-        seed=args.seed, temperature=args.temperature, top_k=args.top_k or None,
-        beam_size=args.beam_size, no_repeat_ngram=args.no_repeat_ngram, **beam,
-    )  # fmt: skip
-    between = "\n" * are_meanings
+        model, tokenizer, prompts, args.num_tokens, ends_prompts=ends_prompts, **options
+    )
+    between = "\n" * ends_prompts
     texts = [prompt + between + after for prompt, after in zip(prompts, new, strict=True)]
     return "\n==========\n".join(texts)
+
+
+def _translated(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> str:
+    longest = max(args.source, key=lambda source: len(tokenizer.encode(source)))
+    width = len(tokenizer.encode(longest)) + 1  # its end
+    if width > model.max_len:
+        raise ValueError(
+            f"a source has {width} tokens, expected at most {model.max_len}: {longest!r}; split it"
+        )
+    texts = translate_texts(
+        model,
+        tokenizer,
+        args.source,
+        min(args.num_tokens, model.max_len),
+        beam_size=args.beam_size or 4,
+        length_penalty=0.6 if args.length_penalty is None else args.length_penalty,
+    )
+    return "\n".join(texts)
 
 
 def choose_tokenizer(name: str, folder: Path, own: Tokenizer | None) -> Tokenizer:

@@ -1,12 +1,11 @@
 """Fuzzed command lines and configs: refused by an error of ours, or accepted; no traceback."""
 
-from collections import Counter
-
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks.fuzz import ACCEPTED, FAILED, REFUSED, USAGE, make_scratch, run_case
-from benchmarks.fuzz_cases import Case, make_case
+from benchmarks.fuzz import ACCEPTED, FAILED, REFUSED, USAGE, checked, fuzz, make_scratch, run_case
+from benchmarks.fuzz_cases import CONFIGS, Case, make_case
+from configs import vit_digits
 from train.config import Config
 from train.tasks import open_config
 
@@ -18,40 +17,38 @@ def scratch(tmp_path_factory, data_dir):
         yield make_scratch(tmp_path_factory.mktemp("fuzz") / "a" / "b")
 
 
-@pytest.mark.full
-def test_no_case_ends_in_another_exception(scratch):
-    kinds, programs, failures = Counter(), set(), {}
-    for seed in range(300):
-        case = make_case(seed)
-        outcome = run_case(case, scratch)
-        kinds[outcome.kind] += 1
-        programs.add(case.program)
-        if outcome.kind == FAILED:
-            failures[seed] = outcome.message
-    assert failures == {}
-    assert kinds[REFUSED] > 100 and kinds[ACCEPTED] > 5 and kinds[USAGE] > 5
-    assert len(programs) >= 10
+@pytest.mark.claim("bad input gets one line")
+@pytest.mark.parametrize(
+    ("cases", "tiny", "processes"), [(100, 0, 0), pytest.param(500, 6, 3, marks=pytest.mark.full)]
+)
+def test_no_case_ends_in_another_exception(scratch, cases, tiny, processes):
+    """A hundredth of what benchmarks/results/fuzz.json has, by the same function."""
+    found = fuzz(scratch, range(cases), range(tiny), range(processes))
+    assert (found["failures"], found["tracebacks_in_processes"]) == ([], [])
+    totals = found["totals"]
+    assert totals[REFUSED] > cases // 3 and totals[ACCEPTED] > 2 and totals[USAGE] > 2
+    assert len(found["programs"]) >= 8 and sum(totals.values()) == cases + tiny
 
 
 def test_the_same_number_is_the_same_case():
     assert make_case(17) == make_case(17) != make_case(18)
 
 
-def test_control_a_foreign_exception_is_a_failure(scratch):
+@pytest.mark.control("bad input gets one line")
+def test_a_foreign_exception_is_a_failure(scratch):
     def broken(config, workdir, command=""):
         raise KeyError("planted")
 
-    configs = "--config=" + str(make_case.__globals__["CONFIGS"] / "vit_digits.py")
-    case = Case("train", [configs, "--workdir={S}/planted"])
-    assert run_case(case, scratch).kind == ACCEPTED
+    case = Case("train", [f"--config={CONFIGS / 'vit_digits.py'}", "--workdir={S}/planted"])
+    assert run_case(case, scratch, checked).kind == ACCEPTED
     outcome = run_case(case, scratch, broken)
     assert outcome.kind == FAILED and "planted" in outcome.message
 
 
-def test_control_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
-    case = Case("config", [], {})
-    case = case._replace(values=_digits() | {"gamma": "abc"})
-    assert run_case(case, scratch).message.startswith("error: gamma is 'abc', expected")
+@pytest.mark.control("bad input gets one line")
+def test_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
+    case = Case("config", [], _digits() | {"gamma": "abc"})
+    assert run_case(case, scratch, checked).message == "error: gamma is 'abc', expected a number"
 
     def unchecked(config, **values):
         for name, value in values.items():
@@ -59,7 +56,7 @@ def test_control_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
         config.__post_init__()
 
     monkeypatch.setattr(Config, "__init__", unchecked)
-    assert run_case(case, scratch).kind == FAILED
+    assert run_case(case, scratch, checked).kind == FAILED
 
 
 @pytest.mark.parametrize(
@@ -70,11 +67,17 @@ def test_control_without_the_check_of_types_a_case_fails(scratch, monkeypatch):
         ("seed", 2**31, "seed is 2147483648, expected at most 2147483647"),
         ("learning_rate", float("nan"), "learning_rate is nan, expected a finite number"),
         ("learning_rate", 10**400, "learning_rate is 1000.*characters.*, expected a number"),
+        ("gamma", 1.5, "gamma is 1.5, expected at most 1"),
         ("quantize", 1, "quantize is 1, expected True or False"),
         ("data_dir", "a\0b", "data_dir is 'a.x00b', expected text, without zero bytes"),
+        ("data_dir", "\ud800", r"data_dir is '.ud800', expected text, without zero bytes"),
         ("dataset", None, "dataset is None, expected text"),
-        ("non_finite", "ignore", "non_finite is 'ignore', expected one of"),
+        ("non_finite", "ignore", "non_finite is 'ignore', expected one of 'stop' or 'skip'"),
         ("mesh", 3, "mesh is 3, expected a group of fields"),
+        ("mesh.fsdp", 0, "mesh.fsdp is 0, expected at least 1"),
+        ("task", "image", "task is 'image', expected one of .'images'"),
+        ("model.width", "8", "model.width is '8', expected a whole number"),
+        ("model.widht", 8, "unknown field model.widht"),
         ("input.inference_gammas", 0.5, "input.inference_gammas is 0.5, expected several"),
         ("input.inference_gammas", ("a",), "input.inference_gammas.0 is 'a', expected a number"),
     ],
@@ -83,16 +86,24 @@ def test_types_are_checked_at_the_door(field, value, message):
     values = _digits()
     *where, name = field.split(".")
     (values[where[0]] if where else values)[name] = value
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         open_config(ConfigDict(values))
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
 
 
-def test_an_int_stands_for_a_float():
-    config = open_config(ConfigDict(_digits() | {"learning_rate": 1}))
-    assert isinstance(config.learning_rate, float)
+def test_all_that_is_wrong_with_a_group_is_told_at_once():
+    values = _digits()
+    del values["seed"], values["stack"]
+    with pytest.raises(ValueError, match=r"^no field seed; no field stack; gamma is 2, expected"):
+        open_config(ConfigDict(values | {"gamma": 2}))
+
+
+def test_an_int_stands_for_a_float_and_a_list_for_several():
+    values = _digits() | {"learning_rate": 1}
+    values["input"]["inference_gammas"] = [0]
+    config = open_config(ConfigDict(values))
+    assert isinstance(config.learning_rate, float) and config.input.inference_gammas == (0.0,)
 
 
 def _digits():
-    from configs import vit_digits
-
     return vit_digits.get_config("smoke").to_dict()

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LENGTH, END = 24, Bytes.end_of_text
 TRAIN = [("a[b]", "It is b."), ("a[bcd]", "It is bcd."), ("a[b]", "b it is, and more of it.")]
-HELD_OUT = [("a[d]", "It is d, I say."), ("a[bd], c[e]", "bd e it is"), ("a[d]", "d it is."),
-            ("f[g]", "No.")]  # fmt: skip
+HELD_OUT = [("a[d]", "It is d, I say."), ("a[bd], c[e]", "bd e it is")]
+HELD_OUT += [("a[d]", "d it is."), ("f[g]", "No.")]
 
 
 @pytest.fixture
@@ -66,12 +66,6 @@ def test_lengths_that_are_too_small_are_refused(make_task):
     with pytest.raises(ValueError, match=r"input\.length is 12, but the meaning 'a\[bd\], c\[e\]'"):
         encode_prompts([meaning for meaning, _ in HELD_OUT], Bytes(), 12)
     assert encode_prompts(["a[bd], c[e]"], Bytes(), 13)[1] == [12]
-
-
-def test_prompts_are_padded_on_the_left():
-    rows, lengths = encode_prompts(["a[b]", "a[bcd]"], Bytes(), 18)
-    np.testing.assert_array_equal(rows, [[END, END, *b"a[b]", END], [*b"a[bcd]", END]])
-    np.testing.assert_array_equal(lengths, [5, 7])
 
 
 def test_the_task_says_what_was_left_out(make_task):
@@ -212,7 +206,7 @@ def test_restaurants_are_split_by_meaning(data_dir):
         name, food = (part.split("[")[1].rstrip("]") for part in meaning.split(", ")[:2])
         assert all(name in text and food in text for _, text in rows)
         assert all(("riverside" in meaning) == ("the river" in text) for _, text in rows)
-        assert all(("Friendly" in meaning) == any(w in text for w in ("hildren", "family", "adult"))
-                   for _, text in rows)  # fmt: skip
+        friendly = [any(w in text for w in ("hildren", "family", "adult")) for _, text in rows]
+        assert set(friendly) == {"Friendly" in meaning}
     sizes = [sum(rows[0][0] == split for rows in meanings.values()) for split in ("train", "test")]
     assert sizes[0] > 300 and 30 < sizes[1] < 60

@@ -19,11 +19,10 @@ from train.tasks import open_config
 from train.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-CONFIG = replace(
-    open_config(vit_digits.get_config("smoke")),
-    **{"optimizer": "adamw", "schedule": "constant", "warmup_steps": 0, "grad_clip_norm": 0.0},
-    **{"batch_size": 8, "num_seeds": 2, "seed": 5},
-)
+VALUES = vit_digits.get_config("smoke")
+VALUES.update(optimizer="adamw", schedule="constant", warmup_steps=0, grad_clip_norm=0.0)
+VALUES.update(batch_size=8, num_seeds=2, seed=5)
+CONFIG = open_config(VALUES)
 SHIFT = 3.0  # what `prepare` adds to y
 
 
@@ -148,8 +147,8 @@ def test_evaluation_is_the_mean_over_all_groups_without_preparation(two_seeds):
     assert np.all(np.abs(means_of_means / expected - 1) > 1e-2)  # the two can be told apart
 
 
-def test_state_and_models_have_the_seeds_in_order(two_seeds):
-    program, _ = two_seeds
+def test_state_and_models_have_the_seeds_in_order_and_one_has_no_axis(two_seeds):
+    program, groups = two_seeds
     state = program.init()
     assert state["step"].shape == () and state["step"].dtype == jnp.int32
     np.testing.assert_array_equal(state["seed"], [5, 6])
@@ -164,16 +163,11 @@ def test_state_and_models_have_the_seeds_in_order(two_seeds):
         np.testing.assert_array_equal(model.w[...], own)
         assert int(model.calls[...]) == calls
         assert model.dropout.deterministic
-
-
-def test_one_seed_has_no_axis_of_its_own(two_seeds):
-    together, groups = two_seeds
-    task = Task(groups, groups, Linear, metrics)
-    program = make_program(replace(CONFIG, seed=6, num_seeds=1), task)
-    state = program.init()
-    assert state["seed"].shape == () and int(state["seed"]) == 6
-    w = np.asarray(state["params"]["w"])
-    np.testing.assert_array_equal(w, together.init()["params"]["w"][1])
-    (model,) = program.models(state)
-    np.testing.assert_array_equal(model.w[...], w)
-    assert model.dropout.deterministic
+    alone = make_program(
+        replace(CONFIG, seed=6, num_seeds=1), Task(groups, groups, Linear, metrics)
+    )
+    second = alone.init()
+    assert second["seed"].shape == () and int(second["seed"]) == 6
+    (model,) = alone.models(second)
+    for own in (second["params"]["w"], model.w[...]):
+        np.testing.assert_array_equal(own, w[1])

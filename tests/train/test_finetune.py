@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from train.run.pretrained import keep_description, read_params
 from train.run.workdir import open_workdir
 from train.tasks import load_task, open_config
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TOKENS = np.arange(24).reshape(2, 12)
 
@@ -74,6 +75,11 @@ def same_bits(a, b):
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def params_of(folder):
+    """Those of a checkpoint."""
+    return flat(nnx.to_pure_dict(nnx.state(interop.load(folder, rngs=nnx.Rngs(0)), nnx.Param)))
+
+
 # --- runs ----------------------------------------------------------------------------
 
 
@@ -102,6 +108,7 @@ def lora_run(folder, data_dir, tmp_path_factory):
     return straight, config, killed
 
 
+@pytest.mark.full
 def test_a_run_starts_with_the_loss_of_the_checkpoint(folder, data_dir):
     config = restaurants("lora_bdia", folder, data_dir)
     task = load_task(config)
@@ -117,11 +124,13 @@ def test_a_run_starts_with_the_loss_of_the_checkpoint(folder, data_dir):
     assert abs(run.evaluate(other, task.eval_groups)["loss"] - first) > 1e-3
 
 
+@pytest.mark.full
+@pytest.mark.claim("adapters leave all else to the bit")
 def test_lora_trains_adapters_and_leaves_all_else_to_the_bit(folder, lora_run):
     workdir, config, _ = lora_run
     state = state_of(workdir, config)
     adapters, frozen = flat(state["params"]), flat(state["frozen"])
-    before = flat(nnx.to_pure_dict(nnx.state(interop.load(folder, rngs=nnx.Rngs(0)), nnx.Param)))
+    before = params_of(folder)
     assert len(adapters) == 4 and all("lora" in name for name in adapters)
     assert all(bool(np.any(leaf)) for leaf in adapters.values())  # B was zero
     assert frozen.keys() == before.keys()
@@ -131,6 +140,8 @@ def test_lora_trains_adapters_and_leaves_all_else_to_the_bit(folder, lora_run):
     assert held < 2 * sum(leaf.size for leaf in adapters.values()) + 10
 
 
+@pytest.mark.full
+@pytest.mark.claim("resume is bit-equal")
 def test_lora_resumes_to_the_bit(lora_run, tmp_path):
     straight, config, killed = lora_run
     shutil.copytree(killed, tmp_path / "run")
@@ -141,10 +152,12 @@ def test_lora_resumes_to_the_bit(lora_run, tmp_path):
     assert all(same_bits(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.full
+@pytest.mark.control("adapters leave all else to the bit")
 def test_all_is_trained_without_adapters(folder, data_dir, tmp_path):
     config = restaurants("bdia", folder, data_dir, num_steps=2, model={"dropout_rate": 0.0})
     train(config, str(tmp_path / "run"))
-    before = flat(nnx.to_pure_dict(nnx.state(interop.load(folder, rngs=nnx.Rngs(0)), nnx.Param)))
+    before = params_of(folder)
     after = flat(state_of(tmp_path / "run", config)["params"])
     assert before.keys() == after.keys()
     trained = {name for name in before if not same_bits(before[name], after[name])}
@@ -162,32 +175,26 @@ def test_texts_without_meanings_start_from_a_checkpoint_too(folder, data_dir):
 # --- and back ------------------------------------------------------------------------
 
 
+@pytest.mark.full
+@pytest.mark.claim("a standard checkpoint is handed back")
 def test_an_exported_lora_run_is_a_plain_gpt2(folder, lora_run, tmp_path):
     workdir, _, _ = lora_run
-    shutil.copytree(workdir, tmp_path / "run")
-    run = open_run(tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "out")
-    source, out = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    run, made = open_run(workdir), tmp_path / "out"
+    export(workdir, made)
+    source, out = (load_file(path / "model.safetensors") for path in (folder, made))
     assert source.keys() == out.keys()
     for name in source:
         assert same_bits(source[name], out[name]) == ("attn.c_attn.weight" not in name), name
-    configs = [
-        json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out")
-    ]
-    assert configs[0] | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} == configs[1]
-
+    own, exported = (json.loads((each / "config.json").read_text()) for each in (folder, made))
+    assert own | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} == exported
     logits = nnx.jit(lambda model: model(TOKENS))
-    again = open_run(tmp_path / "out").model
+    again = open_run(made).model
     assert_same_bits(logits(again), logits(run.model))
     start = interop.load(folder, rngs=nnx.Rngs(0))
     start.eval()
     assert np.any(logits(start) != logits(again))
     with pytest.raises(ValueError, match="exists and is not empty"):
-        export(tmp_path / "run", tmp_path / "out")
-    assert same_bits(
-        load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"],
-        out["transformer.wte.weight"],
-    )
+        export(workdir, made)
 
 
 def test_a_run_without_a_checkpoint_says_so(folder, data_dir, tmp_path):
@@ -217,15 +224,14 @@ def vit_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_adapters_of_a_vit_learn_other_classes_of_smaller_images(vit_folder, data_dir, tmp_path):
     changes = {"lora": {"rank": 2}, "num_steps": 2, "train_split": "train[:64]"}
     changes["model"] = {"dropout_rate": 0.0}
     config = configure(vit_digits, "smoke", vit_folder, data_dir, **changes)
     final = train(config, str(tmp_path / "run"))
     assert np.isfinite(final["loss"])
-    before = flat(
-        nnx.to_pure_dict(nnx.state(interop.load(vit_folder, rngs=nnx.Rngs(0)), nnx.Param))
-    )
+    before = params_of(vit_folder)
     state = state_of(tmp_path / "run", config)
     trained, frozen = flat(state["params"]), flat(state["frozen"])
     head = {"head.kernel", "head.bias"}  # is new, so it has to be learned too
@@ -241,19 +247,14 @@ def test_adapters_of_a_vit_learn_other_classes_of_smaller_images(vit_folder, dat
 # --- what is refused -----------------------------------------------------------------
 
 
-def truncate(folder):
-    file = folder / "model.safetensors"
+def truncate(file):
     file.write_bytes(file.read_bytes()[:-40])
 
 
-def put_nan(folder):
-    tensors = load_file(folder / "model.safetensors")
+def put_nan(file):
+    tensors = load_file(file)
     tensors["transformer.h.1.ln_2.weight"][3] = np.nan
-    save_file(tensors, folder / "model.safetensors")
-
-
-def remove_config(folder):
-    (folder / "config.json").unlink()
+    save_file(tensors, file)
 
 
 def contents(folder):
@@ -261,27 +262,28 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "name", "message"),
     [
-        (truncate, r"model\.safetensors"),
-        (put_nan, r"transformer\.h\.1\.ln_2\.weight in .*model\.safetensors"),
-        (remove_config, r"config\.json"),
+        (truncate, "model.safetensors", r"model\.safetensors"),
+        (put_nan, "model.safetensors", r"transformer\.h\.1\.ln_2\.weight in .*model\.safetensors"),
+        (Path.unlink, "config.json", r"config\.json"),
     ],
 )
+@pytest.mark.full
+@pytest.mark.claim("damage is noticed")
 def test_a_damaged_checkpoint_is_named_and_the_workdir_left_alone(
-    damage, message, folder, lora_run, tmp_path
+    damage, name, message, folder, lora_run, tmp_path
 ):
     """A run that is to be resumed, and one that would begin."""
     _, config, killed = lora_run
-    before, sound = contents(killed), contents(folder)
-    damage(folder)
+    before, sound = contents(killed), (folder / name).read_bytes()
+    damage(folder / name)
     try:
         for workdir in (killed, tmp_path / "new"):
             with pytest.raises((ValueError, FileNotFoundError), match=message):
                 train(config, str(workdir))
     finally:
-        for path, data in sound.items():
-            path.write_bytes(data)
+        (folder / name).write_bytes(sound)
     assert contents(killed) == before
     assert not (tmp_path / "new").exists()
 
@@ -308,6 +310,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(folder, vit_folder, data_dir,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_another_start_is_another_run(lora_run, tmp_path):
     _, config, killed = lora_run
     before = contents(killed)

@@ -26,25 +26,19 @@ from train.inference.open_run import open_run
 from train.loop.train import train
 from train.tasks import load_task, open_config, translation
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def small_gpt2(vocab_size=257, **options):
-    model = filled(
-        lambda: GPT2(vocab_size, 32, width=16, depth=3, num_heads=2, mlp_dim=24, **options,
-                     rngs=nnx.Rngs(0)),
-        seed=52,
-    )  # fmt: skip
+    sizes = {"width": 16, "depth": 3, "num_heads": 2, "mlp_dim": 24} | options
+    model = filled(lambda: GPT2(vocab_size, 32, **sizes, rngs=nnx.Rngs(0)), seed=52)
     model.eval()
     return model
 
 
 def small_transformer():
-    model = filled(
-        lambda: Transformer(300, 8, width=16, encoder_depth=2, decoder_depth=2, num_heads=2,
-                            mlp_dim=24, rngs=nnx.Rngs(0)),
-        seed=7,
-    )  # fmt: skip
+    sizes = {"width": 16, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2, "mlp_dim": 24}
+    model = filled(lambda: Transformer(300, 8, **sizes, rngs=nnx.Rngs(0)), seed=7)
     model.eval()
     return model
 
@@ -72,6 +66,7 @@ def error_of(program, *words):
 # --- train.generate ------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_end_of_text_comes_between_a_meaning_and_its_sentence(opens, capsys):
     model, tokenizer = small_gpt2(), Bytes()
     opens(model, tokenizer)
@@ -94,10 +89,8 @@ def test_prompts_of_several_lengths_are_continued(opens, capsys, tmp_path):
     model, tokenizer = small_gpt2(), Bytes()
     opens(model, tokenizer)
     (tmp_path / "more.txt").write_text("é\n")
-    generate.main(
-        ["--from", "runs/x", "--prompt", "abcdef", "--prompt", "", "--num_tokens", "6",
-         "--prompt-file", str(tmp_path / "more.txt"), "--temperature", "0"]
-    )  # fmt: skip
+    words = ["--prompt=abcdef", "--prompt=", f"--prompt-file={tmp_path / 'more.txt'}"]
+    generate.main(["--from=runs/x", *words, "--num_tokens=6", "--temperature=0"])
     expected = []
     for prompt in ("abcdef", "", "é"):
         ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
@@ -146,7 +139,7 @@ def test_sources_are_translated(opens, capsys, monkeypatch):
         assert (max_len, options) == (8, {"beam_size": 3, "length_penalty": 0.6})
         return source, None
 
-    monkeypatch.setattr(generate, "translate", copy)
+    monkeypatch.setattr(translation, "translate", copy)
     generate.main(["--from", "runs/x", "--source", "one", "--source", "two three", "--beam_size=3"])
     assert capsys.readouterr().out == "one\ntwo three\n"
     assert "'abcdefghijkl'" in error_of(generate, "--source", "abcdefghijkl", "--source", "a")
@@ -176,6 +169,8 @@ def trained(tmp_path_factory, data_dir):
     return workdir, train(config, str(workdir)), load_task(config).eval_groups
 
 
+@pytest.mark.full
+@pytest.mark.claim("inference in floating point is a rounding away")
 def test_the_loss_by_both_paths_and_how_far_they_are_apart(trained, capsys, tmp_path):
     workdir, final, (group,) = trained
     out = tmp_path / "new" / "agreement.json"
@@ -214,6 +209,7 @@ def test_the_loss_by_both_paths_and_how_far_they_are_apart(trained, capsys, tmp_
     assert f"{result['float']['loss']:.6f}" in printed and f"{gap['largest']:.3f}" in printed
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_evaluated_on_any_texts(opens, capsys, data_dir):
     opens(small_gpt2(), None)
     options = ["--tokenizer=bytes", f"--data_dir={data_dir}", "--split=validation[:1]"]
@@ -228,6 +224,8 @@ def test_a_checkpoint_is_evaluated_on_any_texts(opens, capsys, data_dir):
     )
 
 
+@pytest.mark.claim("inference in floating point is a rounding away")
+@pytest.mark.control("inference in floating point is a rounding away")
 def test_every_stack_of_a_model_is_compared():
     draw = np.random.default_rng(0).integers
     source, target_in, target_out = draw(3, 300, (3, 4, 6))

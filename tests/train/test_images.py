@@ -4,7 +4,6 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from sklearn.datasets import load_digits
 
 from train.tasks.images import load_images, normalize
@@ -25,19 +24,6 @@ def test_digits_are_scikit_learns(data_dir):
     got = rows(both, np.concatenate([train.labels, validation.labels]))
     assert got == rows(expected, labels)
     assert "tensorflow" not in sys.modules
-
-
-def test_slices_and_bad_names(data_dir):
-    assert len(load_images("digits", "train[:10%]", data_dir)[0].images) == 144
-    with pytest.raises(ValueError, match=r"no split 'test'; it has train, validation"):
-        load_images("digits", "test", data_dir)
-    with pytest.raises(ValueError, match="dataset is 'no_such_set'"):
-        load_images("no_such_set", "train", data_dir)
-
-
-def test_unprepared_set_names_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tfds build cifar100 --file_format=array_record"):
-        load_images("cifar100", "train", str(tmp_path))
 
 
 def test_normalize_is_minus_one_to_one():

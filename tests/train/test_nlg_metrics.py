@@ -18,25 +18,15 @@ def no_meteor(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-# --- words ---------------------------------------------------------------------------
-
-SENTENCE = "It's a kids-friendly café, £20-25 (not cheap). Don't  go!"
-
-
-def test_words_of_mteval():
+def test_words_are_those_of_both_evaluations():
+    sentence = "It's a kids-friendly café, £20-25 (not cheap). Don't  go!"
     expected = "it's a kids-friendly café , £20 - 25 ( not cheap ) . don't go !"
-    assert mteval_tokens(SENTENCE) == expected.split()
-
-
-def test_words_of_the_coco_evaluation():
+    assert mteval_tokens(sentence) == expected.split()
     for text, words in (
-        (SENTENCE, "it 's a kids-friendly café £ 20-25 not cheap do n't go"),
+        (sentence, "it 's a kids-friendly café £ 20-25 not cheap do n't go"),
         ("1,000 seats,near 3.5 stars; the cat's", "1,000 seats near 3.5 stars the cat 's"),
     ):
         assert coco_tokens(text) == words.split()
-
-
-# --- NIST ----------------------------------------------------------------------------
 
 
 def test_nist_by_hand():
@@ -45,16 +35,10 @@ def test_nist_by_hand():
     # two a's in one reference: both count; the third does not. a: log2(4 / 3) bits; aa: log2 3
     information = 2 * math.log2(4 / 3) / 3 + math.log2(3) / 2
     assert nist(["aaa"], [["aa", "ab"]]) == pytest.approx(information)
-
-
-def test_nist_halves_what_is_a_third_too_short():
-    # a: log2(3 / 2) bits; the references have 1.5 words on average
+    # half for two thirds of the length. a: log2(3 / 2) bits; 1.5 words on average
     assert nist(["a"], [["ab", "a"]]) == pytest.approx(math.log2(3 / 2) / 2)
     longer = nist(["azz"], [["ab", "a"]])
     assert longer == pytest.approx(math.log2(3 / 2) / 3)  # no reward, no penalty
-
-
-# --- ROUGE-L -------------------------------------------------------------------------
 
 
 def test_rouge_l_by_hand():
@@ -64,9 +48,6 @@ def test_rouge_l_by_hand():
     assert rouge_l([A], [["acdx", "bd"]]) == pytest.approx(both)
     assert rouge_l([A, C], [["acdx", "bd"], [A]]) == pytest.approx(both / 2)  # the mean
     assert rouge_l(["dcba"], [[A]]) == pytest.approx(0.25)  # in order
-
-
-# --- CIDEr ---------------------------------------------------------------------------
 
 
 def test_cider_by_hand():
@@ -85,14 +66,9 @@ def test_cider_of_another_length_and_of_repeated_words():
     # clipped: of three a's one counts. The vectors (3) and (1, 1) of words, nothing longer
     repeated = 10 / 4 * 1 / (3 * math.sqrt(2)) * math.exp(-1 / 72)
     assert cider(["aaa", C], [["ab"], [C]]) == pytest.approx((repeated + 10) / 2)
+    # words of every reference tell nothing
+    assert cider([A], [[A]]) == cider([A, A], [[A], [A]]) == 0
 
-
-def test_words_of_every_reference_tell_cider_nothing():
-    assert cider([A], [[A]]) == 0
-    assert cider([A, A], [[A], [A]]) == 0
-
-
-# --- all of them ---------------------------------------------------------------------
 
 OUTPUTS = [
     "The Mill is a cheap pub, near Café Sicilia. It isn't family-friendly.",
@@ -100,13 +76,17 @@ OUTPUTS = [
     "There is a coffee shop called Zizzi by the river.",
 ]
 REFERENCES = [
-    ["The Mill is a cheap pub near Café Sicilia; it is not family-friendly.",
-     "Near Café Sicilia there's a cheap pub, The Mill. Families aren't welcome."],
+    [
+        "The Mill is a cheap pub near Café Sicilia; it is not family-friendly.",
+        "Near Café Sicilia there's a cheap pub, The Mill. Families aren't welcome.",
+    ],
     ["In the city centre, Cotto serves Italian food. Prices are £20-25."],
-    ["Zizzi is a coffee shop by the river.",
-     "By the river you find Zizzi, a coffee shop.",
-     "A coffee shop called Zizzi is by the river with a 5 out of 5 rating."],
-]  # fmt: skip
+    [
+        "Zizzi is a coffee shop by the river.",
+        "By the river you find Zizzi, a coffee shop.",
+        "A coffee shop called Zizzi is by the river with a 5 out of 5 rating.",
+    ],
+]
 # by the challenge's pymteval, and by pycocoevalcap 1.2 after Stanford's tokenizer
 CHALLENGE = {
     "bleu": 53.33533340626671,
@@ -117,6 +97,8 @@ CHALLENGE = {
 METEOR = 50.69232691390597
 
 
+@pytest.mark.claim("scores are those of the challenge")
+@pytest.mark.control("scores are those of the challenge")
 def test_they_are_those_of_the_challenge():
     expected = CHALLENGE
     assert metrics.nlg_metrics(OUTPUTS, REFERENCES) == pytest.approx(expected, rel=1e-9)
@@ -135,19 +117,17 @@ def test_extremes():
     assert best["bleu"] == pytest.approx(100) and best["rouge_l"] == pytest.approx(100)
     only = metrics.nlg_metrics(same, [[text] for text in same])
     assert only["cider"] == pytest.approx(10)
+    unended = [[text.strip(".") for text in texts] for texts in REFERENCES]
     for nothing in ("qq ww rr tt zz", "", "!!!"):
-        scores = metrics.nlg_metrics([nothing] * 3, [[text.strip(".") for text in texts]
-                                                     for texts in REFERENCES])  # fmt: skip
+        scores = metrics.nlg_metrics([nothing] * 3, unended)
         assert scores == dict.fromkeys(scores, 0.0)
     one_empty = metrics.nlg_metrics(["", *OUTPUTS[1:]], REFERENCES)
     whole = metrics.nlg_metrics(OUTPUTS, REFERENCES)
     assert all(0 < one_empty[name] < value for name, value in whole.items())
-
-
-def test_bleu_is_not_smoothed():
+    # BLEU is not smoothed, as sacrebleu does by default
     outputs, texts = ["the mill by the sea"], [["the mill in the town"]]
     assert metrics.nlg_metrics(outputs, texts)["bleu"] == 0
-    assert sacrebleu.corpus_bleu(outputs, [texts[0]]).score > 5  # as sacrebleu does by default
+    assert sacrebleu.corpus_bleu(outputs, [texts[0]]).score > 5
 
 
 @pytest.mark.parametrize("outputs, references", [([], []), (["a"], []), (["a", "b"], [["a"], []])])

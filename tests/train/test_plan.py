@@ -12,12 +12,13 @@ from train.plan.compare import first_depth, make_plans, table
 from train.plan.estimate import make_plan
 from train.tasks import abstract_task, open_config
 
-pytestmark = pytest.mark.full
-
 _HUGE = {"batch": 64, "length": 512, "depth": 48}  # so that it matters what blocks keep
 _SMALL = {"batch": 8, "length": 128, "width": 64, "depth": 4, "vocab": 512}
 
 
+@pytest.mark.full
+@pytest.mark.claim("planned memory is compiled memory")
+@pytest.mark.control("planned memory is compiled memory")
 def test_a_plan_is_within_a_tenth_of_the_compiled_program():
     """One case here; benchmarks/results/plan.json has all meshes, and a ViT."""
     mesh = {"fsdp": 2, "sequence": 2}
@@ -50,6 +51,7 @@ def test_rows_are_what_arithmetic_says():
     assert plan.gradients <= plan.parameters
 
 
+@pytest.mark.full
 def test_each_axis_divides_what_it_splits():
     one = _plan()
     for mesh, divides_parameters, divides_kept in (
@@ -65,10 +67,12 @@ def test_each_axis_divides_what_it_splits():
         assert two.block < one.block, mesh
 
 
+@pytest.mark.full
 def test_more_devices_than_there_are_can_be_planned():
     assert _plan({"data": 4, "fsdp": 64, "tensor": 8, "sequence": 2}, batch=256).total > 0
 
 
+@pytest.mark.full
 def test_reversible_is_below_remat_from_first_depth_on():
     def plans(depth):
         return {name: _plan(None, name, depth=depth) for name in ("reversible", "remat")}
@@ -81,6 +85,7 @@ def test_reversible_is_below_remat_from_first_depth_on():
     assert above["reversible"].total >= above["remat"].total
 
 
+@pytest.mark.full
 def test_flash_attention_writes_no_weights_and_a_mask_does():
     def block(length, isolate):
         values = gpt2_openwebtext.get_config()
@@ -93,12 +98,14 @@ def test_flash_attention_writes_no_weights_and_a_mask_does():
     assert block(2048, True) / block(1024, True) > 2.5
 
 
+@pytest.mark.full
 def test_frozen_parameters_have_no_gradients():
     config = open_config(gpt2_e2e.get_config("lora_bdia"))
     plan = make_plan(config, abstract_task(config))
     assert plan.parameters > 1e9 > 100 * plan.gradients > 0
 
 
+@pytest.mark.full
 def test_a_table_has_the_ways_that_a_config_can_take():
     values = vit_cifar10.get_config("revnet")
     values.dataset = "digits"
@@ -131,6 +138,7 @@ def test_the_device_is_one_of_two():
         make_plan(config, task, "tpu")
 
 
+@pytest.mark.full
 def test_the_program_prints_a_table():
     command = [sys.executable, "-m", "train.plan", "--config=configs/gpt2_openwebtext.py:small"]
     done = subprocess.run([*command, "--config.mesh.fsdp=8"], capture_output=True, text=True)

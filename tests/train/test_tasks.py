@@ -1,7 +1,6 @@
-"""What the tasks measure and write, against NumPy: images, packed text, sentence pairs."""
+"""What the tasks measure and write, against NumPy; and a task of one's own."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,16 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy_models import filled
+from toy_models import PLAIN, filled
 
 from bdia_jax.losses import softmax_cross_entropy
 from bdia_jax.models import attention
-from bdia_jax.nnx import BDIAStack
 from bdia_jax.text.generate import generate
 from configs import gpt2_openwebtext, translation_enfr, vit_digits
-from train.data.text import PairBucket, pack_documents
-from train.data.tokens import EOS, PAD, Bpe, Bytes
-from train.tasks import images, language, open_config, translation
+from train.config import Input, ModelConfig
+from train.data.text import PairBucket, pack_documents, pad_right
+from train.data.tokens import EOS, Bpe, Bytes
+from train.fields import Positive, checked
+from train.inference.open_run import open_run
+from train.loop import step_inputs
+from train.loop.train import train
+from train.tasks import (
+    TASKS,
+    abstract_task,
+    images,
+    language,
+    load_task,
+    open_config,
+    translation,
+)
+from train.tasks.task import Task, TaskKind
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -38,6 +50,61 @@ def cross_entropy(logits, labels):
     return log_sum - np.take_along_axis(logits, np.asarray(labels)[..., None], -1)[..., 0]
 
 
+# --- a task of one's own: an input, what it loads, its shapes, a line in TASKS ------------
+
+
+@checked
+class LineInput(Input):
+    slope: Positive
+
+
+class Line(nnx.Module):
+    def __init__(self, rngs):
+        self.slope = nnx.Param(jax.random.normal(rngs.params()))
+
+    def __call__(self, x):
+        return self.slope[...] * x
+
+
+def line_metrics(model, batch, rngs):
+    error = model(batch["x"]) - batch["y"]
+    return {"loss": (error**2, jnp.ones_like(error))}
+
+
+def load_line(config):
+    x = np.linspace(-1, 1, 64, dtype=np.float32)
+    group = {"x": x, "y": config.input.slope * x}
+    return Task((group,), (group,), Line, line_metrics)
+
+
+def abstract_line(config, tokenizer):
+    group = dict.fromkeys("xy", jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))
+    return Task((group,), (group,), Line, line_metrics)
+
+
+LINE = TaskKind(LineInput, {"line": ModelConfig}, load_line, abstract_line)
+
+
+def test_a_task_of_ones_own_trains_and_is_opened(monkeypatch, tmp_path, data_dir):
+    values = vit_digits.get_config("smoke").unlock()
+    values.update(task="line", data_dir=data_dir, num_steps=2)
+    values.input, values.model = {"slope": 3}, {"name": "line", "dtype": "float32"}
+    with pytest.raises(ValueError, match=r"task is 'line', expected one of \('images', "):
+        open_config(values)
+    monkeypatch.setitem(TASKS, "line", LINE)
+    config = open_config(values)
+    final = train(config, str(tmp_path / "run"))
+    slope = float(open_run(tmp_path / "run").model.slope[...])
+    (group,) = load_task(config).eval_groups
+    assert final["loss"] == pytest.approx(np.mean(((slope - 3) * group["x"]) ** 2), rel=1e-5)
+    start = float(Line(nnx.Rngs(step_inputs.keys(0)[0])).slope[...])
+    assert start < slope < 3
+    assert jax.tree.leaves(abstract_task(config).train_groups)[0].shape == (32,)
+    values.input.slope = -1
+    with pytest.raises(ValueError, match=r"input\.slope is -1, expected more than 0"):
+        open_config(values)
+
+
 # --- images --------------------------------------------------------------------------
 
 
@@ -45,10 +112,7 @@ class Classifier(nnx.Module):
     """A real stack of linear blocks over the pixels of 2 x 2 images."""
 
     def __init__(self, rngs):
-        self.stack = BDIAStack(
-            lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=4, rngs=rngs,
-            magnitude=0, fixed_point=None, backprop="store",
-        )  # fmt: skip
+        self.stack = PLAIN(lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=4, rngs=rngs)
         self.head = nnx.Linear(4, 3, rngs=rngs)
 
     def __call__(self, images, rngs=None):
@@ -56,8 +120,8 @@ class Classifier(nnx.Module):
 
     def logits_by_numpy(self, images, gamma):
         """Eq. 10 of arXiv 2407.09093 with a constant gamma."""
-        kernel, bias = (np.asarray(leaf[...], np.float64) for leaf in
-                        (self.stack.blocks.kernel, self.stack.blocks.bias))  # fmt: skip
+        blocks = self.stack.blocks
+        kernel, bias = (np.float64(leaf[...]) for leaf in (blocks.kernel, blocks.bias))
         x_prev = images.reshape(len(images), 4) * (2 / 255) - 1
         x = x_prev + x_prev @ kernel[0] + bias[0]
         for k in range(1, 4):
@@ -78,39 +142,29 @@ def draw_images(count):
     return images.Images(jnp.asarray(pixels), jnp.asarray(draw(3, size=count, dtype=np.int32)))
 
 
-def test_image_loss_and_accuracy_are_those_of_the_softmax():
-    model, batch = classifier(0), draw_images(11)
-    pixels, labels = (np.asarray(array) for array in batch)
-    metrics = images._metrics(model, batch, None)
-    logits = model.logits_by_numpy(pixels, 0.0)
-    assert metrics.keys() == {"loss", "accuracy"}
-    np.testing.assert_allclose(metrics["loss"][0], cross_entropy(logits, labels), atol=1e-4)
-    correct = np.argmax(logits, -1) == labels
-    np.testing.assert_array_equal(metrics["accuracy"][0], correct)
-    assert 2 < correct.sum() < 9
-    for _, weight in metrics.values():
-        np.testing.assert_array_equal(weight, np.ones(11))
-
-
-def test_images_finish_with_the_accuracy_of_each_gamma_for_each_model(tmp_path):
-    held_out = draw_images(501)
+def test_images_measure_loss_and_accuracy_and_the_accuracy_of_each_gamma(tmp_path):
+    held_out, gammas = draw_images(501), (-0.5, 0.0, 0.5)
     pixels, labels = (np.asarray(array) for array in held_out)
-    gammas = (-0.5, 0.0, 0.5)
     config = config_of(vit_digits, "plain,smoke", inference_gammas=gammas)
-    finish = images.make_task(config, held_out, held_out, 3).finish
+    task = images.make_task(config, held_out, held_out, 3)
     models = [classifier(seed) for seed in (1, 2)]
-    final = finish(models, tmp_path)
-    expected = {
-        f"accuracy_gamma_{gamma}": [
-            np.mean(np.argmax(model.logits_by_numpy(pixels, gamma), -1) == labels)
-            for model in models
-        ]
-        for gamma in gammas
+    final = task.finish(models, tmp_path)
+    logits = [[model.logits_by_numpy(pixels, gamma) for model in models] for gamma in gammas]
+    correct = np.argmax(logits, -1) == labels
+    names = [f"accuracy_gamma_{gamma}" for gamma in gammas]
+    assert final == {
+        n: pytest.approx(each.mean(-1)) for n, each in zip(names, correct, strict=True)
     }
-    assert final == {name: pytest.approx(values) for name, values in expected.items()}
     for of_one_model in zip(*final.values(), strict=True):
         assert len(set(of_one_model)) == 3  # gamma matters here
     assert [model.stack.inference_gamma for model in models] == [0.0, 0.0]
+
+    metrics = task.metrics(models[0], held_out, None)
+    assert metrics.keys() == {"loss", "accuracy"}
+    np.testing.assert_allclose(metrics["loss"][0], cross_entropy(logits[1][0], labels), atol=1e-4)
+    np.testing.assert_array_equal(metrics["accuracy"][0], correct[1, 0])
+    for _, weight in metrics.values():
+        np.testing.assert_array_equal(weight, np.ones(501))
 
 
 # --- language ------------------------------------------------------------------------
@@ -120,33 +174,28 @@ DOCUMENTS = ["abcab", "", "ba", "bcabcabcaabbccabc", "ab", "cabbacbabcabcab", "c
 
 
 @pytest.fixture
-def make_text_task(monkeypatch):
-    """(**options of the input) -> (task, model)."""
+def text_tasks(monkeypatch):
+    """(task of isolated documents, task of one text, a model for both)."""
+    config = config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH)
 
-    def make(**options):
-        config = config_of(gpt2_openwebtext, "plain,smoke", length=LENGTH, **options)
+    def load_text(name, split, data_dir, tokenizer, length):
+        documents = DOCUMENTS if split == config.eval_split else DOCUMENTS[::-1]
+        return pack_documents(map(tokenizer.encode, documents), length, END)
 
-        def load_text(name, split, data_dir, tokenizer, length):
-            documents = DOCUMENTS if split == config.eval_split else DOCUMENTS[::-1]
-            return pack_documents(map(tokenizer.encode, documents), length, END)
-
-        monkeypatch.setattr(language, "load_text", load_text)
-        task = language.load(config)
-        return task, filled(lambda: task.make_model(nnx.Rngs(0)))
-
-    return make
-
-
-@pytest.fixture
-def text_task(make_text_task):
-    return make_text_task()
-
-
-def test_text_loss_is_that_of_every_document_alone(text_task):
-    """The model sees one document after another, from position 0; the windows pack several."""
-    task, model = text_task
-    (windows,) = task.eval_groups
+    monkeypatch.setattr(language, "load_text", load_text)
+    one_text = replace(config, input=replace(config.input, isolate_documents=False))
+    isolated, one_text = map(language.load, (config, one_text))
+    model = filled(lambda: isolated.make_model(nnx.Rngs(0)))
     model.eval()
+    return isolated, one_text, model
+
+
+@pytest.mark.claim("documents do not see each other")
+@pytest.mark.control("documents do not see each other")
+def test_text_loss_is_that_of_every_document_alone(text_tasks):
+    """The model sees one document after another, from position 0; the windows pack several."""
+    task, _, model = text_tasks
+    (windows,) = task.eval_groups
     rows, targets, owner = [], [], []
     for window, tokens in enumerate(np.asarray(windows.tokens)):
         starts = [0, *(i for i in range(1, LENGTH) if tokens[i] == END), LENGTH]
@@ -183,18 +232,17 @@ def test_text_loss_is_that_of_every_document_alone(text_task):
         assert np.all(np.abs(other / expected - 1)[several] > 1e-3)
 
 
-def test_documents_that_are_not_isolated_are_one_text(make_text_task, text_task):
+def test_documents_that_are_not_isolated_are_one_text(text_tasks):
     """The loss of each window is that of a model called with its tokens and nothing else."""
-    task, model = make_text_task(isolate_documents=False)
-    (windows,) = task.eval_groups
-    model.eval()
+    *tasks, model = text_tasks
+    (windows,) = tasks[0].eval_groups
 
     @nnx.jit
     def evaluate(model, tokens):
-        losses = [each.metrics(model, windows, None)["loss"] for each in (task, text_task[0])]
+        losses = [each.metrics(model, windows, None)["loss"] for each in tasks]
         return losses, model(tokens[:, :-1])
 
-    ((total, weight), (isolated, _)), logits = evaluate(model, windows.tokens)
+    ((isolated, _), (total, weight)), logits = evaluate(model, windows.tokens)
     expected = cross_entropy(logits, windows.tokens[:, 1:]).sum(-1)
     np.testing.assert_allclose(total, expected, rtol=1e-4)
     np.testing.assert_array_equal(weight, np.full(len(expected), LENGTH))
@@ -203,7 +251,7 @@ def test_documents_that_are_not_isolated_are_one_text(make_text_task, text_task)
     assert np.all(np.abs(isolated / expected - 1)[several] > 1e-3)
 
 
-def test_only_isolated_documents_need_a_mask(make_text_task, monkeypatch):
+def test_only_isolated_documents_need_a_mask(text_tasks, monkeypatch):
     """What attention chooses its implementation by; any mask rules out flash attention."""
     masks = []
 
@@ -212,18 +260,17 @@ def test_only_isolated_documents_need_a_mask(make_text_task, monkeypatch):
         return "xla"
 
     monkeypatch.setattr(attention, "choose_implementation", choose)
-    for isolate in (True, False):
-        task, model = make_text_task(isolate_documents=isolate)
+    *tasks, model = text_tasks
+    for task in tasks:
         (windows,) = task.train_groups
         nnx.eval_shape(lambda m, task=task, w=windows: task.metrics(m, w, nnx.Rngs(0)), model)
-        assert masks and set(masks) == {
-            (len(windows.tokens), 1, LENGTH, LENGTH) if isolate else None
-        }
-        masks.clear()
+    assert set(masks) == {(len(windows.tokens), 1, LENGTH, LENGTH), None}
+    assert masks.index(None) * 2 == len(masks)  # the first half has one
 
 
-def test_samples_continue_the_held_out_windows(text_task, tmp_path):
-    task, model = text_task
+@pytest.mark.full
+def test_samples_continue_the_held_out_windows(text_tasks, tmp_path):
+    task, _, model = text_tasks
     assert task.finish([model, "not asked"], tmp_path) == {}
     prompt = task.eval_groups[0].tokens[:4, : LENGTH // 4]
     tokens = np.asarray(
@@ -275,57 +322,42 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bpe():
-    return Bpe.train([text for pair in PAIRS for text in pair], vocab_size=400)
-
-
-def test_all_sentences_are_translated_in_batches_of_one_shape(bpe, monkeypatch):
-    max_len, calls = 8, []
-
-    def copy(model, source, max_len, *, beam_size):
-        calls.append((model, source.shape, max_len, beam_size))
-        assert np.all(np.sum(np.asarray(source) == EOS, axis=1) == 1)  # however long it was
-        return source, None
-
-    monkeypatch.setattr(translation, "translate", copy)
-    sources = [f"{i} {'ab' * (i % 11)}" for i in range(103)]
-    outputs = translation._translate_all("model", bpe, sources, max_len, 3)
-    ids = [bpe.encode(source) for source in sources]
-    assert outputs == [bpe.decode(each[: max_len - 1]) for each in ids]
-    assert len(outputs[0]) and {len(each) > max_len - 1 for each in ids} == {True, False}
-    assert calls == [("model", (100, max_len), max_len, 3)] * 2
-    translation._translate_all("model", bpe, sources[:5], max_len, 3)
-    assert calls[2:] == [("model", (5, max_len), max_len, 3)]
-
-
 @pytest.fixture
 def pair_task(monkeypatch):
-    """The task of PAIRS, and three models: each maps a source to its translation."""
+    """The task of PAIRS. A model is a function of a source, which says the translation."""
     config = config_of(translation_enfr, vocab_size=400, boundaries=(64,), eval_translations=3)
 
     def read_texts(name, split, *_):
         return iter(PAIRS if split == config.eval_split else PAIRS[::-1])
 
-    monkeypatch.setattr(translation, "read_texts", read_texts)
-    tokenizer = Bpe.train([text for pair in PAIRS for text in pair], vocab_size=400)
-
     def translate(model, source, max_len, *, beam_size):
-        assert beam_size == config.input.beam_size
-        rows = np.full((len(source), max_len), PAD, np.int32)
-        for row, ids in zip(rows, source, strict=True):
-            words = [*tokenizer.encode(model(tokenizer.decode(ids))), EOS]
-            row[: len(words)] = words
-        return rows, None
+        assert (source.shape, max_len, beam_size) == ((2, 64), 64, config.input.beam_size)
+        outputs = [model.translation[tokenizer.decode(ids)] for ids in source]
+        return pad_right([[*tokenizer.encode(each), EOS] for each in outputs], max_len), None
 
+    monkeypatch.setattr(translation, "read_texts", read_texts)
     monkeypatch.setattr(translation, "translate", translate)
-    return translation.load(config)
+    task = translation.load(config)
+    tokenizer = task.tokenizer
+    return task
+
+
+def test_a_source_that_is_too_long_is_cut_and_still_ends(pair_task, monkeypatch):
+    monkeypatch.setattr(translation, "translate", lambda model, source, max_len: (source, None))
+    bpe, model = pair_task.tokenizer, SimpleNamespace(max_len=8)
+    sources = [f"{i} {'ab' * (i % 11)}" for i in range(9)]
+    ids = [bpe.encode(source) for source in sources]
+    assert {len(each) > 7 for each in ids} == {True, False}
+    outputs = translation.translate_texts(model, bpe, sources, 8)
+    assert outputs == [bpe.decode(each[:7]) for each in ids]
+    rows = pad_right([[*each[:7], EOS] for each in ids], 8)
+    assert np.all(np.sum(rows == EOS, axis=1) == 1)
 
 
 def test_bleu_and_translations_of_every_model(pair_task, tmp_path):
     first, second = dict(PAIRS[:2]), dict(PAIRS[1:3])  # one of the two references of the cat
     shorter = {source: target.rsplit(" ", 1)[0] for source, target in first.items()}
-    models = [partial(each.__getitem__) for each in (shorter, first, second)]
+    models = [SimpleNamespace(max_len=64, translation=each) for each in (shorter, first, second)]
     final = pair_task.finish(models, tmp_path)
     # every n-gram of the first is right; what is left is the brevity penalty, 14 words for 12
     assert final.keys() == {"bleu"}

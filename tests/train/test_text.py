@@ -8,18 +8,21 @@ import pytest
 import requests
 import tiktoken
 
+from configs import translation_enfr
 from train.data import text
 from train.data.text import (
     attention_mask,
     bucket_pairs,
-    encode_pairs,
+    in_batches,
     load_text,
     pack_documents,
+    pad_left,
     positions,
     read_texts,
     segments,
 )
 from train.data.tokens import BOS, EOS, PAD, Bpe, Bytes, Gpt2
+from train.tasks import open_config
 
 FRENCH = [
     "L'élève naïf a mangé où ça ?",
@@ -62,7 +65,7 @@ def test_texts_come_back(name, bpe, small_gpt2):
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd" or name == "bpe"
 
 
-def test_bpe_learns_from_its_texts(bpe):
+def test_bpe_learns_from_its_texts_and_is_saved(bpe, tmp_path):
     line = FRENCH[1]
     assert bpe.vocab_size == 330
     assert len(bpe.encode(line)) < len(line.encode()) / 1.5
@@ -71,9 +74,6 @@ def test_bpe_learns_from_its_texts(bpe):
     assert len(untrained.encode(line)) == len(line.encode())
     with pytest.raises(ValueError, match="vocab_size is 258, expected at least 259"):
         Bpe.train(FRENCH, vocab_size=258)
-
-
-def test_bpe_is_deterministic_and_saved(bpe, tmp_path):
     lines = FRENCH * 9 + ENGLISH * 9
     random.Random(0).shuffle(lines)
     Bpe.train(iter(lines), vocab_size=330).save(tmp_path / "again.json")
@@ -111,29 +111,20 @@ def documents(count=40):
 
 def test_packing_keeps_every_token_in_order():
     docs = documents()
-    packed = pack_documents(iter(docs), 7, END)
+    windows = pack_documents(iter(docs), 7, END)
     stream = [token for doc in docs for token in (END, *doc)]
-    assert packed.tokens.dtype == np.int32 and packed.tokens.shape[1] == 8
-    assert (packed.tokens[1:, 0] == packed.tokens[:-1, -1]).all()
-    targets = packed.tokens[:, 1:].ravel().tolist()
-    assert [END, *targets] == stream[: len(stream) - packed.left_over]
-    assert packed.left_over == (len(stream) - 1) % 7
-    split = "".join(map(str, [*targets, END])).split(str(END))
-    whole = ["".join(map(str, doc)) for doc in docs]
-    assert split[:-2] == whole[: len(split) - 2] and len(split) > 30
-    again = pack_documents(docs, 7, END)
-    assert (again.tokens == packed.tokens).all()
-
-
-def test_packing_needs_a_window():
-    assert pack_documents([[1, 2]], 2, END).tokens.tolist() == [[END, 1, 2]]
-    for docs in ([], [[1, 2]]):
+    assert windows.dtype == np.int32 and windows.shape == ((len(stream) - 1) // 7, 8)
+    assert (windows[1:, 0] == windows[:-1, -1]).all()
+    packed = [END, *windows[:, 1:].ravel().tolist()]
+    assert packed == stream[: len(packed)] and len(stream) % 7 != 1
+    assert pack_documents([[1, 2]], 2, END).tolist() == [[END, 1, 2]]
+    for too_few in ([], [[1, 2]]):
         with pytest.raises(ValueError, match=r"a window needs 4; take a smaller length"):
-            pack_documents(docs, 3, END)
+            pack_documents(too_few, 3, END)
 
 
 def test_masks_and_positions_end_with_the_document():
-    tokens = pack_documents(documents(), 11, END).tokens[:, :-1]
+    tokens = pack_documents(documents(), 11, END)[:, :-1]
     document = np.asarray(segments(tokens, END))
     place = np.asarray(positions(tokens, END))
     mask = np.asarray(attention_mask(document))
@@ -158,44 +149,67 @@ def test_masks_and_positions_end_with_the_document():
     assert (np.asarray(jitted(tokens, END)) == place).all()
 
 
-def sentences(count, seed):
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 50) for _ in range(rng.randrange(14))] for _ in range(count)]
+class Numbers:
+    """Text of numbers to these numbers."""
+
+    def encode(self, line):
+        return [*map(int, line.split())]
 
 
 def test_buckets_lose_no_pair():
-    source, target = sentences(200, 0), sentences(200, 1)
+    rng = random.Random(0)
+    sides = [[rng.randrange(3, 50) for _ in range(rng.randrange(14))] for _ in range(400)]
+    pairs = [[source, target] for source, target in zip(sides[::2], sides[1::2], strict=True)]
     boundaries = (4, 8, 12)
-    buckets, dropped = bucket_pairs(source, target, boundaries)
+    texts = [[" ".join(map(str, side)) for side in pair] for pair in pairs]
+    buckets, dropped = bucket_pairs(texts, Numbers(), boundaries)
     found = []
     for size, bucket in zip(boundaries, buckets, strict=True):
         assert {array.shape for array in bucket} == {(len(bucket.source), size)}
         assert {array.dtype for array in bucket} == {np.dtype(np.int32)}
         for src, tgt_in, tgt_out in zip(*(array.tolist() for array in bucket), strict=True):
             s, t = src[: src.index(EOS)], tgt_out[: tgt_out.index(EOS)]
-            found.append((s, t))
+            found.append([s, t])
             assert src == s + [EOS] + [PAD] * (size - 1 - len(s))
             assert tgt_in == [BOS, *t] + [PAD] * (size - 1 - len(t))
             assert tgt_out == t + [EOS] + [PAD] * (size - 1 - len(t))
-            assert PAD not in t and PAD not in s
             smaller = [other for other in boundaries if other < size]
             assert all(max(len(s), len(t)) + 1 > other for other in smaller)
-    pairs = list(zip(source, target, strict=True))
     too_long = [pair for pair in pairs if max(map(len, pair)) + 1 > 12]
     assert dropped == len(too_long) > 0
     assert sorted(found + too_long) == sorted(pairs)
-    again, _ = bucket_pairs(source, target, boundaries)
-    assert jax.tree.all(jax.tree.map(np.array_equal, buckets, again))
-    # other special ids, an empty bucket, and the order of the pairs
-    (only,), dropped = bucket_pairs([[3], [4]], [[5], [6, 7]], (1, 3), pad=99, bos=98, eos=97)
-    assert dropped == 0 and only.source.tolist() == [[3, 97, 99], [4, 97, 99]]
-    assert only.target_in.tolist() == [[98, 5, 99], [98, 6, 7]]
-    assert only.target_out.tolist() == [[5, 97, 99], [6, 7, 97]]
-
-
-def test_bad_buckets():
+    # an empty bucket is left out, and the order of the pairs kept
+    (only,), dropped = bucket_pairs([("3", "5"), ("4", "6 7")], Numbers(), (1, 3))
+    assert dropped == 0 and only.source[:, 0].tolist() == [3, 4]
     with pytest.raises(ValueError, match="none of 1 pairs fits into 3 tokens"):
-        bucket_pairs([[3, 3, 3]], [[3]], (2, 3))
+        bucket_pairs([("3 3 3", "3")], Numbers(), (2, 3))
+
+
+@pytest.mark.parametrize("boundaries", [(), (8, 4), (4, 4), (0, 4)])
+def test_boundaries_rise(boundaries):
+    config = translation_enfr.get_config()
+    config.input.boundaries = boundaries
+    with pytest.raises(ValueError, match=r"input.boundaries .* expected rising positive lengths"):
+        open_config(config)
+
+
+def test_prompts_are_padded_on_the_left():
+    rows, lengths = pad_left([[1, 2], [], [3, 4, 5]], END)
+    assert rows.tolist() == [[END, 1, 2], [END] * 3, [3, 4, 5]] and lengths.tolist() == [2, 0, 3]
+    assert pad_left([], END)[0].shape == (0, 0)
+
+
+def test_all_rows_are_done_in_batches_of_one_shape():
+    shapes = []
+
+    def add(a, b):
+        shapes.append((a.shape, b.shape))
+        return a[:, 0] + b
+
+    a, b = np.arange(14).reshape(7, 2), 100 * np.arange(7)
+    assert in_batches(add, 3, a, b).tolist() == (a[:, 0] + b).tolist()
+    assert in_batches(add, 9, a, b).tolist() == (a[:, 0] + b).tolist()
+    assert shapes == [((3, 2), (3,))] * 3 + [((7, 2), (7,))]
 
 
 class Pairs:
@@ -208,16 +222,11 @@ class Pairs:
         return [{"english": ENGLISH[k].encode(), "french": FRENCH[k]} for k in keys]
 
 
-def test_pairs_of_a_data_set(monkeypatch, bpe):
+def test_pairs_of_a_data_set(monkeypatch):
     splits = {("pairs", "train", "somewhere", "english", "french"): (Pairs(), None)}
     monkeypatch.setattr(text, "open_split", lambda *arguments: splits[arguments])
     pairs = list(read_texts("pairs", "train", "somewhere", "english", "french"))
     assert pairs == list(zip(ENGLISH, FRENCH, strict=True))
-    (bucket,), dropped = encode_pairs(pairs, bpe, (60,))
-    assert dropped == 0
-    assert [bpe.decode(ids) for ids in bucket.source] == ENGLISH
-    assert [bpe.decode(ids) for ids in bucket.target_in] == FRENCH
-    assert [bpe.decode(ids) for ids in bucket.target_out] == FRENCH
 
 
 def test_bundled_sets_are_read(tmp_path):
@@ -230,13 +239,6 @@ def test_bundled_sets_are_read(tmp_path):
         load_text("pydoc", "train[:0]", data_dir, Bytes(), 64)
     [*topics] = read_texts("pydoc", "validation", data_dir, "text")
     packed = load_text("pydoc", "validation", data_dir, Bytes(), 64)
-    stream = packed.tokens[:, 1:].ravel()
+    stream = packed[:, 1:].ravel()
     assert Bytes().decode(stream) in "".join(topic for (topic,) in topics)
     assert (stream == Bytes.end_of_text).sum() in range(len(topics) - 3, len(topics))
-    lines = read_texts("numbers_enfr", "train", data_dir, "english", "french")
-    bpe = Bpe.train((line for pair in lines for line in pair), vocab_size=400)
-    pairs = read_texts("numbers_enfr", "test", data_dir, "english", "french")
-    buckets, dropped = encode_pairs(pairs, bpe, (8, 12, 16, 24))
-    count = sum(len(bucket.source) for bucket in buckets)
-    assert count + dropped == sum(1 for _ in read_texts("numbers_enfr", "test", data_dir, "french"))
-    assert count > 100 and dropped == 0

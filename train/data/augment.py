@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OPS = (
-    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add"),
-    *("color", "contrast", "brightness", "sharpness", "shear_x", "shear_y", "cutout"),
-    *("translate_x", "translate_y"),
-)
+_NAMES = """autocontrast equalize invert rotate posterize solarize solarize_add color contrast
+    brightness sharpness shear_x shear_y cutout translate_x translate_y"""
+OPS = tuple(_NAMES.split())
 
 # Ranges of the operations that have a strength, at magnitudes 0 and 30. They were made for images
 # of 224 pixels: at magnitude 14 a translation of 47 pixels leaves nothing of a CIFAR image.

@@ -4,8 +4,8 @@ Host-side NumPy, the same for every run; what depends on tokens alone (positions
 computed from them in JAX.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,6 @@ import numpy as np
 
 from train.data.tokens import BOS, EOS, PAD, Bpe, Tokenizer
 from train.datasets.registry import in_chunks, open_split
-
-
-class PackedText(NamedTuple):
-    """tokens: int32 [N, length + 1]; inputs are tokens[:, :-1], targets tokens[:, 1:].
-
-    left_over: tokens at the end that did not fill a window.
-    """
-
-    tokens: np.ndarray
-    left_over: int
 
 
 class PairBucket(NamedTuple):
@@ -37,16 +27,19 @@ class PairBucket(NamedTuple):
     target_out: np.ndarray
 
 
-def pack_documents(documents: Iterable[Sequence[int]], length: int, end_of_text: int) -> PackedText:
+def pack_documents(documents: Iterable[Sequence[int]], length: int, end_of_text: int) -> np.ndarray:
     """All documents one after the other, each preceded by end_of_text, cut into windows.
 
     A window's last token is the next one's first: every token but the very first one is a target
-    once.
+    once, and what does not fill a window at the end is left out.
 
     Args:
         documents: the ids of each document.
         length: tokens a model sees at once.
         end_of_text: the id that no document has.
+
+    Returns:
+        int32 [N, length + 1]: inputs are [:, :-1], targets [:, 1:].
 
     Raises:
         ValueError: fewer than length + 1 tokens altogether.
@@ -62,7 +55,7 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, end_of_text:
             "smaller length, or a larger split"
         )
     starts = np.arange(count)[:, None] * length
-    return PackedText(stream[starts + np.arange(length + 1)], len(stream) - 1 - count * length)
+    return stream[starts + np.arange(length + 1)]
 
 
 def segments(tokens: jax.Array, end_of_text: int) -> jax.Array:
@@ -92,22 +85,17 @@ def attention_mask(segments: jax.Array) -> jax.Array:
 
 
 def bucket_pairs(
-    source: Sequence[Sequence[int]],
-    target: Sequence[Sequence[int]],
-    boundaries: Sequence[int],
-    pad: int = PAD,
-    bos: int = BOS,
-    eos: int = EOS,
+    pairs: Iterable[Sequence[str]], tokenizer: Bpe, boundaries: Sequence[int]
 ) -> tuple[list[PairBucket], int]:
-    """Pairs by length: each in the smallest boundary S that holds source + EOS and BOS + target.
+    """Sentences by length: each pair in the first boundary S that holds source + EOS, BOS + target.
 
     Few shapes, so few compilations, and little padding. The order within a bucket is the given
     one. A bucket without pairs is left out.
 
     Args:
-        source, target: ids, without special ones, of as many sentences.
+        pairs: (source, target) texts.
+        tokenizer: of both languages.
         boundaries: lengths S, rising.
-        pad, bos, eos: special ids.
 
     Returns:
         (buckets, dropped): the number of pairs that no boundary holds.
@@ -115,35 +103,62 @@ def bucket_pairs(
     Raises:
         ValueError: no pair that fits.
     """
-    pairs: list[list[tuple[Sequence[int], Sequence[int]]]] = [[] for _ in boundaries]
-    dropped = 0
-    for s, t in zip(source, target, strict=True):
-        index = int(np.searchsorted(boundaries, max(len(s), len(t)) + 1))
-        if index < len(boundaries):
-            pairs[index].append((s, t))
-        else:
-            dropped += 1
-    if not any(pairs):
+    groups: list[list[tuple[list[int], list[int]]]] = [[] for _ in (*boundaries, "too long")]
+    for pair in pairs:
+        source, target = map(tokenizer.encode, pair)
+        index = int(np.searchsorted(boundaries, max(len(source), len(target)) + 1))
+        groups[index].append((source, target))
+    dropped = len(groups.pop())
+    if not any(groups):
         raise ValueError(
             f"none of {dropped} pairs fits into {boundaries[-1]} tokens; take larger boundaries"
         )
-
-    def rows(sentences, size):
-        padded = np.full((len(sentences), size), pad, np.int32)
-        for row, sentence in zip(padded, sentences, strict=True):
-            row[: len(sentence)] = sentence
-        return padded
-
     buckets = [
         PairBucket(
-            rows([[*s, eos] for s, _ in group], size),
-            rows([[bos, *t] for _, t in group], size),
-            rows([[*t, eos] for _, t in group], size),
+            pad_right([[*s, EOS] for s, _ in group], size),
+            pad_right([[BOS, *t] for _, t in group], size),
+            pad_right([[*t, EOS] for _, t in group], size),
         )
-        for group, size in zip(pairs, boundaries, strict=True)
+        for group, size in zip(groups, boundaries, strict=True)
         if group
     ]
     return buckets, dropped
+
+
+def pad_right(sentences: Sequence[Sequence[int]], size: int) -> np.ndarray:
+    """int32 [N, size]: each sentence, and PAD behind it."""
+    rows = np.full((len(sentences), size), PAD, np.int32)
+    for row, sentence in zip(rows, sentences, strict=True):
+        row[: len(sentence)] = sentence
+    return rows
+
+
+def pad_left(prompts: Sequence[Sequence[int]], filler: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [N, longest], int32 [N]): each prompt behind filler, and its length."""
+    lengths = np.asarray([len(each) for each in prompts], np.int32)
+    rows = np.full((len(prompts), lengths.max(initial=0)), filler, np.int32)
+    for row, each in zip(rows, prompts, strict=True):
+        row[len(row) - len(each) :] = each
+    return rows, lengths
+
+
+def in_batches(function: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> np.ndarray:
+    """function(rows of each array), for all rows, in batches of one shape: so of one program."""
+    count = len(arrays[0])
+    size = min(batch_size, count)
+    parts = []
+    for first in range(0, count, size):
+        rows = np.minimum(np.arange(first, first + size), count - 1)  # the last one again
+        parts.append(function(*(jnp.asarray(array[rows]) for array in arrays)))
+    return np.concatenate(parts)[:count]
+
+
+def by_first(pairs: Iterable[Sequence[str]]) -> dict[str, list[str]]:
+    """first -> its seconds: a sentence may have several translations, a meaning several texts."""
+    groups: dict[str, list[str]] = {}
+    for first, second in pairs:
+        groups.setdefault(first, []).append(second)
+    return groups
 
 
 def read_texts(name: str, split: str, data_dir: str, *features: str) -> Iterator[tuple[str, ...]]:
@@ -167,15 +182,7 @@ def _as_str(text: str | bytes) -> str:
 
 def load_text(
     name: str, split: str, data_dir: str, tokenizer: Tokenizer, length: int
-) -> PackedText:
+) -> np.ndarray:
     """A split of a data set with the feature "text", packed: see `pack_documents`."""
     documents = (tokenizer.encode(text) for (text,) in read_texts(name, split, data_dir, "text"))
     return pack_documents(documents, length, tokenizer.end_of_text)
-
-
-def encode_pairs(
-    pairs: Iterable[Sequence[str]], tokenizer: Bpe, boundaries: Sequence[int]
-) -> tuple[list[PairBucket], int]:
-    """(source, target) sentences, by length: see `bucket_pairs`."""
-    encoded = [(tokenizer.encode(source), tokenizer.encode(target)) for source, target in pairs]
-    return bucket_pairs([s for s, _ in encoded], [t for _, t in encoded], boundaries)

@@ -1,5 +1,6 @@
 """How far inference in fixed point is from inference in floating point: metrics and states."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,104 +61,86 @@ def compare(
 
     @jax.jit
     def measure(state, batch):
-        ends, totals, one_block = [], [], {}
+        totals, seen = [], []
         for path_format in (fixed_point, None):
             here = nnx.merge(graphdef, state, copy=True)
-            last: dict[str, jax.Array] = {}
-            _watch(here, path_format, last, one_block)
+            stacks = {path: each for path, each in nnx.iter_modules(here) if _is_stack(each)}
+            for stack in stacks.values():
+                stack.__class__, stack.fixed_point, stack.backprop = _Watched, path_format, "store"
             totals.append(jax.tree.map(jnp.sum, metrics(here, batch, None)))
-            ends.append(last)
-        distances = {name: _distance(x, ends[1][name], fixed_point) for name, x in ends[0].items()}
-        return totals, distances, one_block
+            seen.append({".".join(map(str, path)): each.seen for path, each in stacks.items()})
+        ends = ({name: out for name, (*_, out) in each.items()} for each in seen)
+        last_state = jax.tree.map(partial(_distance, fixed_point), *ends)
+        one_block = {
+            name: _block_distance(stack, x, consts, fixed_point)
+            for stack, (name, (x, consts, _)) in zip(stacks.values(), seen[0].items(), strict=True)
+        }
+        return totals, last_state, one_block
 
-    sums: Any = None
-    gaps: list[dict[str, list[Any]]] = [{}, {}]
-    for group in groups:
-        for first in range(0, group_size(group), batch_size):
-            batch = jax.tree.map(lambda a, first=first: a[first : first + batch_size], group)
-            totals, *distances = jax.device_get(measure(state, batch))
-            totals = jax.tree.map(np.float64, totals)
-            sums = totals if sums is None else jax.tree.map(np.add, sums, totals)
-            for seen, found in zip(gaps, distances, strict=True):
-                for name, distance in found.items():
-                    seen.setdefault(name, []).append(distance)
-    quantized, unquantized = (
-        {name: float(total / weight) for name, (total, weight) in each.items()} for each in sums
+    found = [
+        jax.device_get(measure(state, _rows(group, first, batch_size)))
+        for group in groups
+        for first in range(0, group_size(group), batch_size)
+    ]
+    # of all batches, and of all blocks
+    totals, *gaps = jax.tree.map(lambda *parts: np.hstack(parts).astype(np.float64), *found)
+    metrics_of_both = (
+        {name: float(total.sum() / weight.sum()) for name, (total, weight) in each.items()}
+        for each in totals
     )
-    last_state, one_block = ({name: _gap(d) for name, d in seen.items()} for seen in gaps)
-    return Agreement(quantized, unquantized, last_state, one_block)
+    return Agreement(
+        *metrics_of_both,
+        *({name: _gap(*parts) for name, parts in each.items()} for each in gaps),
+    )
 
 
-class _Watched(nnx.Module):
-    """A stack that tells what it is called with and what it returns."""
+def _rows(group: Arrays, first: int, count: int) -> Arrays:
+    return jax.tree.map(lambda array: array[first : first + count], group)
 
-    def __init__(self, stack: BDIAStack, tell: Any):
-        self.stack, self.tell = stack, tell
 
-    @property
-    def blocks(self) -> Any:
-        return self.stack.blocks
+class _Watched(BDIAStack):
+    """A stack that keeps what it is called with, and what it returns."""
 
     def __call__(self, x, *consts, rngs=None):
-        out = self.stack(x, *consts, rngs=rngs)
-        self.tell(x, consts, out[0] if self.stack.has_aux else out)
+        out = super().__call__(x, *consts, rngs=rngs)
+        self.seen = nnx.data((x, consts, out[0] if self.has_aux else out))
         return out
-
-
-def _watch(model: Any, fixed_point, last: dict, one_block: dict) -> None:
-    """Sets the format of every stack, and has last[name] and one_block[name] filled."""
-    modules = dict(nnx.iter_modules(model))
-    for path, stack in modules.items():
-        if not isinstance(stack, BDIAStack):
-            continue
-        name = ".".join(map(str, path))
-        stack.fixed_point, stack.backprop = fixed_point, "store"
-
-        def tell(x, consts, out, name=name, stack=stack):
-            last[name] = out
-            if fixed_point is not None:
-                one_block[name] = _block_distance(stack, x, consts, fixed_point)
-
-        setattr(modules[path[:-1]], str(path[-1]), _Watched(stack, tell))
 
 
 def _block_distance(stack: BDIAStack, x, consts, fixed_point):
     """`_distance` of what each block makes of x_k, k = 0 .. K-1, in the two formats."""
     pure = stack.pure(stack.rngs)
-    formats = (fixed_point, None)
 
     def body(x, params_k):
         alone = jax.tree.map(lambda leaf: leaf[None], params_k)  # a stack of this one block
+        scan = partial(bdia_scan, pure.block_fns[0], alone, x, None, *consts)
         quantized, exact = (
-            bdia_scan(
-                pure.block_fns[0], alone, x, None, *consts,
-                fixed_point=each, backprop="store", has_aux=True,
-            )[0]
-            for each in formats
-        )  # fmt: skip
-        return quantized, _distance(quantized, exact, fixed_point)
+            scan(fixed_point=each, backprop="store", has_aux=True)[0]
+            for each in (fixed_point, None)
+        )
+        return quantized, _distance(fixed_point, quantized, exact)
 
     on_grid = dequantize(quantize(x, fixed_point), fixed_point)
     return jax.lax.scan(body, on_grid, pure.params)[1]
 
 
-def _distance(a, b, fixed_point):
+def _distance(fixed_point, a, b):
     """(largest, mean square) of a - b in quanta, and the number of elements."""
     quanta = jnp.abs(a - b) * 2.0**fixed_point.frac_bits
     return jnp.max(quanta), jnp.mean(quanta**2), jnp.float32(quanta.size)
 
 
-def _gap(distances: list[Any]) -> Gap:
-    largest, square, count = (
-        np.concatenate([np.atleast_1d(np.float64(part)) for part in parts])
-        for parts in zip(*distances, strict=True)
-    )
+def _gap(largest, square, count) -> Gap:
     return Gap(float(largest.max()), float(np.sqrt(np.sum(square * count) / np.sum(count))))
+
+
+def _is_stack(module: Any) -> bool:
+    return isinstance(module, BDIAStack)
 
 
 def _check_stacks(model: Any) -> None:
     stacks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Stack)]
-    wrong = [type(stack).__name__ for stack in stacks if not isinstance(stack, BDIAStack)]
+    wrong = [type(stack).__name__ for stack in stacks if not _is_stack(stack)]
     if wrong or not stacks:
         raise ValueError(
             f"the model's stacks are {', '.join(wrong) or 'none'}; only a BDIAStack has an "

@@ -6,8 +6,9 @@ shapes, and a `TaskKind` of these. `open_config`, `load_task` and `abstract_task
 
 from typing import Any
 
-from train.config import Config, LoRAConfig, MeshConfig, PretrainedConfig, short
+from train.config import Config, LoRAConfig, MeshConfig, PretrainedConfig
 from train.data.tokens import Tokenizer
+from train.fields import short
 from train.tasks import data_to_text, images, language, translation
 from train.tasks.task import Task, TaskKind, group_size
 

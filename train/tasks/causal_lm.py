@@ -1,7 +1,7 @@
 """What language models have in common: inputs of tokens, the model, and its loss."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,10 @@ from pydantic import Field
 from bdia_jax import interop
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.llama import Llama
-from train.config import Config, Count, Input, Int, ModelConfig, PretrainedConfig, Share, checked
+from train.config import Config, Input, PretrainedConfig, StandardConfig
+from train.fields import Int, checked
 
-
-@checked
-class GPT2Config(ModelConfig):
-    """The arguments of `bdia_jax.models.gpt2.GPT2`."""
-
-    is_standard: ClassVar[bool] = True
-
-    width: Count
-    depth: Count
-    num_heads: Count
-    mlp_dim: Count
-    dropout_rate: Share
-
-
-MODELS = {"gpt2": GPT2Config, "pretrained": PretrainedConfig}
+MODELS = {"gpt2": StandardConfig, "pretrained": PretrainedConfig}
 
 
 @checked

@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from bdia_jax.text.generate import generate_beam
-from train.config import Amount, Config, Count, Float, NotNegative, checked
-from train.data.text import read_texts
+from train.config import Config
+from train.data.text import by_first, in_batches, pad_left, read_texts
 from train.data.tokens import Tokenizer, largest_tokenizer, open_tokenizer
+from train.fields import Amount, Count, Float, NotNegative, checked
 from train.tasks.causal_lm import MODELS, TokensInput, abstract_tokens, make_causal_lm
 from train.tasks.nlg_metrics import has_meteor, nlg_metrics
 from train.tasks.task import Metrics, Task, TaskKind
@@ -62,30 +63,27 @@ def load(config: Config) -> Task:
     (train, train_dropped), (held_out, eval_dropped) = (
         encode_sentences(rows, tokenizer, options.length) for rows in (train_rows, eval_rows)
     )
-    references = _by_meaning(eval_rows, options.eval_generations)
+    references = dict([*by_first(eval_rows).items()][: options.eval_generations])
     prompts, lengths = encode_prompts([*references], tokenizer, options.length)
 
     def decode(model: Any) -> list[str]:
-        """What the model says for each prompt, in batches of one shape."""
-        size = min(config.batch_size, len(prompts))
-        padding = ((0, -len(prompts) % size), (0, 0))
-        rows = np.pad(prompts, padding, mode="edge")
-        row_lengths = np.pad(lengths, padding[0], mode="edge")
-        tokens = [
-            generate_beam(
+        """What the model says for each prompt."""
+
+        def continued(rows: jax.Array, lengths: jax.Array) -> jax.Array:
+            return generate_beam(
                 model,
-                jnp.asarray(rows[first : first + size]),
-                options.length - prompts.shape[1],
-                prompt_lengths=jnp.asarray(row_lengths[first : first + size]),
+                rows,
+                options.length - rows.shape[1],
+                prompt_lengths=lengths,
                 beam_size=options.beam_size,
                 length_penalty=options.length_penalty,
                 no_repeat_ngram=options.no_repeat_ngram,
                 ngrams_of_prompt=False,  # as LoRA's programs: a name may be said again
                 end_token=tokenizer.end_of_text,
             )[0]
-            for first in range(0, len(rows), size)
-        ]
-        return [_text(row, tokenizer) for row in np.concatenate(tokens)[: len(prompts)].tolist()]
+
+        tokens = in_batches(continued, config.batch_size, prompts, lengths)
+        return [_text(row, tokenizer) for row in tokens.tolist()]
 
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """Scores of each model on the first meanings; generations.txt by the first model."""
@@ -109,7 +107,7 @@ def load(config: Config) -> Task:
     )
 
 
-def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+def abstract(config: Config, tokenizer: Tokenizer | None = None) -> Task:
     """The task by its shapes."""
     place = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     batch = Sentences(abstract_tokens(config), place, place)
@@ -173,26 +171,16 @@ def encode_prompts(
     Raises:
         ValueError: a meaning that leaves no token of `length` for what is to be said.
     """
-    ids = [[*tokenizer.encode(meaning), tokenizer.end_of_text] for meaning in meanings]
-    lengths = np.asarray([len(each) for each in ids], np.int32)
-    longest = int(lengths.max(initial=0))
-    if longest >= length:
+    rows, lengths = pad_left(
+        [[*tokenizer.encode(meaning), tokenizer.end_of_text] for meaning in meanings],
+        tokenizer.end_of_text,
+    )
+    if rows.shape[1] >= length:
         raise ValueError(
             f"input.length is {length}, but the meaning {meanings[int(lengths.argmax())]!r} alone "
-            f"has {longest} tokens; take a greater one"
+            f"has {rows.shape[1]} tokens; take a greater one"
         )
-    rows = np.full((len(ids), longest), tokenizer.end_of_text, np.int32)
-    for row, each in zip(rows, ids, strict=True):
-        row[-len(each) :] = each
     return rows, lengths
-
-
-def _by_meaning(rows: Sequence[Sequence[str]], most: int) -> dict[str, list[str]]:
-    """The references of each of the first `most` meanings."""
-    groups: dict[str, list[str]] = {}
-    for meaning, reference in rows:
-        groups.setdefault(meaning, []).append(reference)
-    return dict([*groups.items()][:most])
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> str:

@@ -16,24 +16,13 @@ from bdia_jax import interop
 from bdia_jax.models.linformer import LinformerAttention
 from bdia_jax.models.resnet import ResNet
 from bdia_jax.models.vit import ViT
-from train.config import (
-    LIST,
-    Amount,
-    Config,
-    Count,
-    Float,
-    Input,
-    Int,
-    ModelConfig,
-    PretrainedConfig,
-    Share,
-    checked,
-)
+from train.config import Config, Input, ModelConfig, PretrainedConfig, StandardConfig
 from train.data.augment import augment
 from train.datasets.registry import in_chunks, open_builder, open_split
 from train.devices.mesh import open_mesh
 from train.devices.shards import local_rows
 from train.devices.totals import group_totals
+from train.fields import LIST, Amount, Count, Float, Int, checked
 from train.tasks.task import Metrics, Task, TaskKind
 
 
@@ -60,18 +49,12 @@ class ImageInput(Input):
 
 
 @checked
-class ViTConfig(ModelConfig):
+class ViTConfig(StandardConfig):
     """The arguments of `bdia_jax.models.vit.ViT`; linformer_dim > 0 makes attention linear."""
 
     takes_revnet: ClassVar[bool] = True
-    is_standard: ClassVar[bool] = True
 
     patch_size: Count
-    width: Count
-    depth: Count
-    num_heads: Count
-    mlp_dim: Count
-    dropout_rate: Share
     linformer_dim: Amount
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax.text.generate import generate
-from train.config import Amount, Config, checked
+from train.config import Config
 from train.data.text import attention_mask, load_text, positions, read_texts, segments
 from train.data.tokens import SMALLEST_BPE, Tokenizer, largest_tokenizer, open_tokenizer
+from train.fields import Amount, checked
 from train.tasks.causal_lm import MODELS, TokensInput, abstract_tokens, make_causal_lm
 from train.tasks.task import Metrics, MetricsFn, Task, TaskKind
 
@@ -58,13 +59,13 @@ def load(config: Config) -> Task:
     )
     tokenizer = open_tokenizer(options.tokenizer, config.init_from, texts, options.vocab_size)
     train, held_out = (
-        load_text(config.dataset, split, config.data_dir, tokenizer, options.length).tokens
+        load_text(config.dataset, split, config.data_dir, tokenizer, options.length)
         for split in (config.train_split, config.eval_split)
     )
     return _make_task(config, tokenizer, train, held_out)
 
 
-def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+def abstract(config: Config, tokenizer: Tokenizer | None = None) -> Task:
     """The task by its shapes."""
     tokens = abstract_tokens(config)
     return _make_task(config, tokenizer or largest_tokenizer(config), tokens, tokens)

@@ -1,21 +1,22 @@
 """Translation of bucketed, masked sentence pairs."""
 
-from itertools import chain
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import sacrebleu
 from flax import nnx
 from pydantic import Field
 
 from bdia_jax.models.transformer import Transformer
 from bdia_jax.text.translate import translate
-from train.config import LIST, Amount, Config, Count, Input, Int, ModelConfig, Share, checked
-from train.data.text import PairBucket, encode_pairs, read_texts
+from train.config import Config, Input, ModelConfig
+from train.data.text import PairBucket, bucket_pairs, by_first, in_batches, pad_right, read_texts
 from train.data.tokens import EOS, PAD, SMALLEST_BPE, Bpe, Tokenizer, largest_tokenizer
+from train.fields import LIST, Amount, Count, Int, Share, checked
 from train.tasks.task import Metrics, Task, TaskKind
 
 
@@ -64,32 +65,26 @@ def load(config: Config) -> Task:
     )
     tokenizer = Bpe.train(chain.from_iterable(train_texts), options.vocab_size)
     (train, train_dropped), (held_out, eval_dropped) = (
-        encode_pairs(texts, tokenizer, options.boundaries) for texts in (train_texts, eval_texts)
+        bucket_pairs(texts, tokenizer, options.boundaries) for texts in (train_texts, eval_texts)
     )
-    longest = options.boundaries[-1]
 
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """BLEU of each model on the first held-out pairs; translations.txt by the first."""
         if not options.eval_translations:
             return {}
-        references: dict[str, list[str]] = {}  # a sentence may have several translations
-        for source, reference in eval_texts[: options.eval_translations]:
-            references.setdefault(source, []).append(reference)
-        most = max(map(len, references.values()))
-        streams: Any = [
-            [r[i] if i < len(r) else None for r in references.values()] for i in range(most)
+        references = by_first(eval_texts[: options.eval_translations])
+        longest, beam_size = options.boundaries[-1], options.beam_size
+        outputs = [
+            translate_texts(model, tokenizer, [*references], longest, beam_size=beam_size)
+            for model in models
         ]
-        scores, outputs = [], []
-        for model in models:
-            output = _translate_all(model, tokenizer, [*references], longest, options.beam_size)
-            scores.append(sacrebleu.corpus_bleu(output, streams).score)
-            outputs.append(output)
+        streams: Any = [*zip_longest(*references.values())]
         lines = [
             f"en:   {source}\nfr:   {' / '.join(reference)}\nours: {output}\n"
             for (source, reference), output in zip(references.items(), outputs[0], strict=True)
         ]
         (workdir / "translations.txt").write_text("\n".join(lines), "utf-8")
-        return {"bleu": scores}
+        return {"bleu": [sacrebleu.corpus_bleu(output, streams).score for output in outputs]}
 
     count = sum(len(bucket.source) for bucket in train)
     note = f" (too long and left out: {train_dropped}, and {eval_dropped} held-out ones)"
@@ -98,10 +93,9 @@ def load(config: Config) -> Task:
     )
 
 
-def abstract(config: Config, tokenizer: Tokenizer | None) -> Task:
+def abstract(config: Config, tokenizer: Tokenizer | None = None) -> Task:
     """The task by its shapes: all pairs are of the longest bucket."""
-    options: PairInput = config.input
-    side: Any = jax.ShapeDtypeStruct((config.batch_size, options.boundaries[-1]), jnp.int32)
+    side: Any = jax.ShapeDtypeStruct((config.batch_size, config.input.boundaries[-1]), jnp.int32)
     pairs = [PairBucket(side, side, side)]
     return _make_task(config, tokenizer or largest_tokenizer(config), pairs, pairs)
 
@@ -126,22 +120,22 @@ def _metrics(model: Any, batch: PairBucket, rngs: nnx.Rngs | None) -> Metrics:
     return {"loss": ((loss * real).sum(-1), real.sum(-1))}
 
 
-def _translate_all(
-    model: Any, tokenizer: Bpe, sources: list[str], max_len: int, beam_size: int
+def translate_texts(
+    model: Any, tokenizer: Tokenizer, sources: Sequence[str], num_tokens: int, **options: Any
 ) -> list[str]:
-    """Translations, in batches of one shape; what is beyond max_len tokens is cut off."""
-    rows = np.full((len(sources), max_len), PAD, np.int32)
-    for row, source in zip(rows, sources, strict=True):
-        ids = [*tokenizer.encode(source)[: max_len - 1], EOS]
-        row[: len(ids)] = ids
-    size = min(100, len(rows))
-    padded = np.concatenate([rows, rows[: -len(rows) % size]])
-    batches = [
-        translate(model, jnp.asarray(padded[first : first + size]), max_len, beam_size=beam_size)[0]
-        for first in range(0, len(padded), size)
-    ]
-    ids = np.concatenate(batches)[: len(rows)]
-    return [tokenizer.decode(row) for row in ids]
+    """The translation of each sentence; what is beyond the model's max_len tokens is cut off.
+
+    Args:
+        model: a `Transformer`.
+        num_tokens, options: max_len and others of `bdia_jax.text.generate.translate`.
+    """
+    ids = [[*tokenizer.encode(source)[: model.max_len - 1], EOS] for source in sources]
+    rows = in_batches(
+        lambda rows: translate(model, rows, num_tokens, **options)[0],
+        100,
+        pad_right(ids, model.max_len),
+    )
+    return [tokenizer.decode(row) for row in rows.tolist()]
 
 
 KIND = TaskKind(PairInput, {"transformer": TransformerConfig}, load, abstract)
