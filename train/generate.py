@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError("expected --prompt (or --prompt_file), or else --source")
     opened: Any = open_run(args.folder, data_dir=args.data_dir)
     model = opened.model
-    takes = "--source" if isinstance(model, Transformer) else "--prompt"
+    takes = "--source" if isinstance(opened.model, Transformer) else "--prompt"
     takes = takes if hasattr(model, "logits") else "no text"
     if takes != ("--source" if args.source else "--prompt"):
         raise ValueError(f"{args.folder} is a {type(model).__name__}, which takes {takes}")

@@ -79,12 +79,9 @@ def worst(tree, other):
 @pytest.mark.claim("a mesh trains as one device")
 @pytest.mark.control("a mesh trains as one device")
 def test_two_processes_then_other_devices_train_as_one_device_does(
-    tmp_path, data_dir, compile_cache, monkeypatch
+    tmp_path, data_dir, quick_processes
 ):
     """Two devices each; then eight of one process, from what the two had saved half-way."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as here
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compile_cache)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     changes = {"data_dir": data_dir, "num_steps": 8, "checkpoint_every_steps": 4}
     changes |= {"frac_bits": 20}  # with 9, sums that round otherwise now and then move a quantum
     config = replace(CONFIG, **changes)

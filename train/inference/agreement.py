@@ -64,7 +64,9 @@ def compare(
         totals, seen = [], []
         for path_format in (fixed_point, None):
             here = nnx.merge(graphdef, state, copy=True)
-            stacks = {path: each for path, each in nnx.iter_modules(here) if _is_stack(each)}
+            stacks: dict[Any, Any] = {
+                path: each for path, each in nnx.iter_modules(here) if isinstance(each, BDIAStack)
+            }
             for stack in stacks.values():
                 stack.__class__, stack.fixed_point, stack.backprop = _Watched, path_format, "store"
             totals.append(jax.tree.map(jnp.sum, metrics(here, batch, None)))
@@ -84,14 +86,12 @@ def compare(
     ]
     # of all batches, and of all blocks
     totals, *gaps = jax.tree.map(lambda *parts: np.hstack(parts).astype(np.float64), *found)
-    metrics_of_both = (
+    quantized, unquantized = (
         {name: float(total.sum() / weight.sum()) for name, (total, weight) in each.items()}
         for each in totals
     )
-    return Agreement(
-        *metrics_of_both,
-        *({name: _gap(*parts) for name, parts in each.items()} for each in gaps),
-    )
+    last_state, one_block = ({name: _gap(*parts) for name, parts in each.items()} for each in gaps)
+    return Agreement(quantized, unquantized, last_state, one_block)
 
 
 def _rows(group: Arrays, first: int, count: int) -> Arrays:
@@ -134,13 +134,9 @@ def _gap(largest, square, count) -> Gap:
     return Gap(float(largest.max()), float(np.sqrt(np.sum(square * count) / np.sum(count))))
 
 
-def _is_stack(module: Any) -> bool:
-    return isinstance(module, BDIAStack)
-
-
 def _check_stacks(model: Any) -> None:
     stacks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Stack)]
-    wrong = [type(stack).__name__ for stack in stacks if not _is_stack(stack)]
+    wrong = [type(stack).__name__ for stack in stacks if not isinstance(stack, BDIAStack)]
     if wrong or not stacks:
         raise ValueError(
             f"the model's stacks are {', '.join(wrong) or 'none'}; only a BDIAStack has an "
