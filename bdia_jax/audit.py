@@ -92,8 +92,8 @@ def audit(
 ) -> Audit:
     """Runs forward and backward as training compiles them, and compares every rebuilt bit.
 
-    Exactness needs the block, evaluated again in the backward pass, to land within
-    `fixed_point.drift_bound` quanta of its first evaluation (see `inverse_step`). Whether
+    Exactness needs the value before rounding, with the block evaluated again in the backward pass,
+    to land within `fixed_point.drift_bound` quanta of the forward's (see `inverse_step`). Whether
     it does depends on the device, the compiler and the block's dtypes, so it is measured.
     All K states are kept for the comparison: take a batch for which they fit.
 

@@ -65,7 +65,7 @@ class FixedPoint:
 
     @property
     def drift_bound(self) -> float:
-        """Quanta by which a block may differ, before rounding, between forward and rebuild.
+        """Quanta by which the value before rounding may differ between forward and rebuild.
 
         2^(g-1) - 1/2 for g >= 1. With g = 0 nothing is promised: any difference may
         flip a rounding.

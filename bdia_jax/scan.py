@@ -39,8 +39,8 @@ def bdia_scan(
     with fixed-point states, or eq. 10 in floating point if `fixed_point` is None. With gamma None
     (inference) it is x_{k+1} = Q[x_k + h_k(x_k)], the unchanged transformer. The backward pass of
     "reversible" rebuilds every state by eq. 24 from the last two and `fixed_point.side_bits` bits
-    per activation and block. That is exact if the block, evaluated again, comes within
-    `fixed_point.drift_bound` quanta of its first evaluation; `bdia_jax.audit` measures it.
+    per activation and block. That is exact if the value before rounding, with the block evaluated
+    again, comes within `fixed_point.drift_bound` quanta; `bdia_jax.audit` measures it.
     Rounding is straight-through: its derivative is one.
 
     Args:

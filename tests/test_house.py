@@ -22,7 +22,7 @@ LIBRARY = [
     ["interop"],
 ]
 TRAIN = [
-    ["", "config", "cli"],
+    ["", "fields", "config", "cli"],
     ["datasets"],
     ["data"],
     ["devices"],

@@ -155,6 +155,12 @@ def test_the_image_data_set_of_the_page_prepares_itself(tmp_path, monkeypatch):
             pixels = np.full((40, 30, 3), 20 * index, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "leaves" / kind / f"{index}.png")
     monkeypatch.setitem(registry.BUNDLED, "leaves", leaves.Leaves)
+    with (
+        monkeypatch.context() as elsewhere,
+        pytest.raises(ValueError, match="no example for split"),
+    ):
+        elsewhere.chdir(tmp_path / "leaves")
+        registry.open_split("leaves", "train", str(tmp_path / "other"), "image", "label")
     for split, count in {"train": 8, "validation": 2}.items():
         examples, builder = registry.open_split("leaves", split, "data", "image", "label")
         assert len(examples) == count and examples[0]["image"].shape == (32, 32, 3)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,12 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        return {split: self._generate_examples(found) for split, found in self.examples().items()}
+        return {
+            split: self._generate_examples(split, found) for split, found in self.examples().items()
+        }
 
-    def _generate_examples(self, examples) -> Iterator[tuple[Any, Example]]:
+    def _generate_examples(self, split, examples) -> Iterator[tuple[Any, Example]]:
+        key = None
         for key, example in examples:
             # a PIL image is encoded without TensorFlow, an array is not
             yield (
@@ -54,4 +58,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     name: Image.fromarray(value) if isinstance(value, np.ndarray) else value
                     for name, value in example.items()
                 },
+            )
+        if key is None:
+            raise ValueError(
+                f"data set {self.name} has no example for split {split!r}; correct what "
+                f"{type(self).__name__}.examples reads: a relative folder is one of {Path.cwd()}"
             )
