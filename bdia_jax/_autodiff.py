@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bdia_jax._block import Block, Leaves
 from bdia_jax._parts import value
 from bdia_jax.fixed_point import dequantize, quantize, straight_through
-from bdia_jax.recurrence import mix, per_element, step_any_gamma
+from bdia_jax.recurrence import mix, per_element, plain_step, step_any_gamma
 
 
 def autodiff_scan(
@@ -29,7 +29,7 @@ def autodiff_scan(
         h, aux = value(block, params_k, x, consts)
         if gamma_k is None:
             y = x + h
-            n_next = quantize(y, fixed_point)
+            n_next = plain_step(n, jax.lax.stop_gradient(h), fixed_point)
         else:
             gamma_x = per_element(gamma_k, n)
             y = gamma_x * x_prev + mix(x, h, gamma_x)

@@ -19,23 +19,20 @@ class Static(NamedTuple):
     block: Block
     fixed_point: Any  # FixedPoint; None only on the way to autodiff_scan
     merge_aux: Callable[[Any, Any], PyTree]
+    verify: int  # parts of a sample with a checksum each; 0: none
 
 
 class Operands(NamedTuple):
-    """The arrays: params stacked [K, ...], x0 [B, ..., D], gamma [K, B or 1] or None."""
+    """The arrays: params stacked [K, ...], x0 [B, ..., D], gamma [K, B or 1] or None.
+
+    failures: float32 [K] of zeros, whose cotangent is a count (see `bdia_scan`), or None.
+    """
 
     params: Leaves
     x0: jax.Array
     gamma: Any
     consts: Leaves
-
-
-class Call(NamedTuple):
-    """A call of `bdia_scan`, checked."""
-
-    static: Static
-    operands: Operands
-    gamma_is_valid: jax.Array | bool
+    failures: Any
 
 
 def prepare(
@@ -48,8 +45,10 @@ def prepare(
     fixed_point: FixedPoint | None,
     backprop: str,
     has_aux: bool,
+    verify: bool | int = True,
+    failures: Any = None,
     **chunks: Any,
-) -> Call:
+) -> tuple[Static, Operands]:
     """Checks everything, and takes what is differentiated apart from what is not.
 
     Args: as of `bdia_scan`; chunks: batch_chunks, token_chunks, per_sample.
@@ -60,9 +59,10 @@ def prepare(
     x0 = _checks.check_x0(x0)
     depth = _checks.check_depth(params)
     reversible_format = fixed_point if backprop == "reversible" else None
-    gamma, gamma_is_valid = _checks.check_gamma(gamma, depth, x0.shape[0], reversible_format)
+    gamma = _checks.check_gamma(gamma, depth, x0.shape[0], reversible_format)
     block, merge_aux = make_block(
         block_fn, params, x0, consts, has_aux=has_aux, is_inference=gamma is None, **chunks
     )
-    operands = Operands(partition(params)[0], x0, gamma, partition(consts)[0])
-    return Call(Static(block, fixed_point, merge_aux), operands, gamma_is_valid)
+    parts = _checks.check_verify(verify, failures, depth, x0, backprop)
+    operands = Operands(partition(params)[0], x0, gamma, partition(consts)[0], failures)
+    return Static(block, fixed_point, merge_aux, parts), operands

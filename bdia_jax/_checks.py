@@ -71,12 +71,13 @@ def check_depth(params) -> int:
 
 
 def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | None):
-    """(gamma as float32 [K, B or 1] or None, whether its values are good).
+    """gamma as float32 [K, B or 1], or None.
 
-    Values are checked now if they are known, else the second result is a traced bool.
+    Values are checked now if they are known. Else NaN takes the place of all of them where one is
+    bad: then neither x_K nor a gradient is a number.
     """
     if gamma is None:
-        return None, True
+        return None
     given = gamma if isinstance(gamma, Tracer) else np.asarray(gamma)
     if given.ndim != 2 or given.shape[0] != depth or given.shape[1] not in (1, batch):
         raise ValueError(
@@ -92,7 +93,7 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
         rest_ok = numpy.abs(given[1:]) == 2.0**-reversible_format.gamma_bits
     gamma = jax.lax.stop_gradient(jnp.asarray(gamma).astype(jnp.float32))
     if isinstance(given, Tracer):
-        return gamma, jnp.all(first_ok) & jnp.all(rest_ok)
+        return jnp.where(jnp.all(first_ok) & jnp.all(rest_ok), gamma, jnp.float32(jnp.nan))
     if not first_ok.all():
         raise ValueError(
             f"gamma[0] contains {given[0][~first_ok][0]}, expected 0: the first block "
@@ -109,7 +110,30 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
             f"{2.0**-p}), FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' "
             "or 'remat' for any other"
         )
-    return gamma, True
+    return gamma
+
+
+def check_verify(verify, failures, depth: int, x0, backprop: str) -> int:
+    """In how many parts of a sample a rebuilt state is verified; 0 if it is not."""
+    parts = int(verify) if isinstance(verify, (bool, int)) else -1
+    if parts < 0 or (parts > 1 and (x0.ndim < 3 or x0.shape[1] % parts)):
+        raise ValueError(
+            f"verify is {verify!r} for x of shape {x0.shape}, expected True or False, or a number "
+            "of equal parts of axis 1 of x [B, T, ..., D], to verify each"
+        )
+    if failures is None:
+        return parts
+    if not parts or backprop != "reversible":
+        raise ValueError(
+            f"failures with verify={verify!r} and backprop={backprop!r}: nothing is verified, so "
+            "nothing counted; leave it out, or take verify=True and backprop='reversible'"
+        )
+    if jnp.shape(failures) != (depth,) or jnp.result_type(failures) != jnp.float32:
+        raise ValueError(
+            f"failures is {jnp.result_type(failures)} of shape {jnp.shape(failures)}, expected "
+            f"jnp.zeros({depth}), one for each block"
+        )
+    return parts
 
 
 def check_magnitude(magnitude: float, fixed_point, backprop: str) -> None:

@@ -117,7 +117,7 @@ def audit(
     """
     if gamma is None:
         raise ValueError("gamma is None, so nothing is rebuilt; pass gamma=sample_gamma(...)")
-    static, operands, _ = prepare(
+    static, operands = prepare(
         block_fn,
         params,
         x0,
@@ -168,6 +168,7 @@ def _suggest(max_drift: float, fixed_point: FixedPoint) -> int | None:
 
 
 def _run_probed(static: Static, operands: Operands) -> dict[str, np.ndarray]:
+    static = static._replace(verify=0)  # a wrong state goes on, to be seen
     probed = jax.jit(lambda operands: forward_and_back(static, operands, probe=True))
     _, looked, _ = probed(operands)
     return {name: np.asarray(values)[1:] for name, values in looked.items()}  # block 0 undoes none
@@ -180,15 +181,16 @@ def forward_and_back(static: Static, operands: Operands, probe: bool):
     returned so that nothing training computes is optimized away.
     """
     fixed_point = static.fixed_point
-    keep_state = (lambda n_prev, pre_round: (n_prev, pre_round)) if probe else None
+    keep_state = (lambda n_prev, rounding: (n_prev, rounding)) if probe else None
     kept, states = forward_scan(static, operands, keep_state)
     aux_like = jax.eval_shape(lambda: forward_scan(static, operands)[1])
     ct_aux = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), aux_like.diff)
     ct_x = kept.n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
 
     def compare(states_k, rebuilt, seen: Seen):
-        n, forward_pre_round = states_k
-        drift = jnp.abs(seen.pre_round - forward_pre_round)
+        n, rounding = states_k
+        moved = seen.rounding.q - rounding.q
+        drift = jnp.abs(moved.astype(jnp.float32) + (seen.rounding.rest - rounding.rest))
         return {
             "mismatches": jnp.sum(rebuilt != n),
             "errors": jnp.max(jnp.abs(rebuilt.astype(jnp.float32) - n.astype(jnp.float32))),
@@ -197,7 +199,7 @@ def forward_and_back(static: Static, operands: Operands, probe: bool):
             "invalid": jnp.sum(n == jnp.int32(-(2**31))),
         }
 
-    gradients, n0, looked = reverse_scan(
+    gradients, _, n0, looked = reverse_scan(
         static, operands, kept, ct_x, ct_aux, probe=(compare, states) if probe else None
     )
     return jnp.sum(n0 != quantize(operands.x0, fixed_point)), looked, gradients

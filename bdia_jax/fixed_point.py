@@ -13,7 +13,7 @@ import jax.numpy as jnp
 # A state that is not a number, or does not fit. int32 has one value more below zero
 # than above; it marks such elements, so that they come back as NaN and never as an
 # innocent integer.
-_INVALID = -(2**31)
+INVALID = -(2**31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +79,17 @@ def to_quanta(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
 
 
 def round_to_int(quanta: jax.Array) -> jax.Array:
-    """The nearest int32, ties to even; NaN, infinities and overflow become `_INVALID`."""
+    """The nearest int32, ties to even; NaN, infinities and overflow become `INVALID`."""
     fits = jnp.abs(quanta) < jnp.float32(2.0**31)
-    return jnp.where(fits, jnp.round(quanta), jnp.float32(_INVALID)).astype(jnp.int32)
+    return jnp.where(fits, jnp.round(quanta), jnp.float32(INVALID)).astype(jnp.int32)
 
 
 def add_or_invalid(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a + b in int32; `_INVALID` where the sum overflows or a or b is `_INVALID`."""
+    """a + b in int32; `INVALID` where the sum overflows or a or b is `INVALID`."""
     total = a + b
     overflows = ((a ^ total) & (b ^ total)) < 0
-    invalid = overflows | (a == _INVALID) | (b == _INVALID)
-    return jnp.where(invalid, jnp.int32(_INVALID), total)
+    invalid = overflows | (a == INVALID) | (b == INVALID)
+    return jnp.where(invalid, jnp.int32(INVALID), total)
 
 
 def quantize(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
@@ -109,7 +109,7 @@ def quantize(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
 def dequantize(n: jax.Array, fixed_point: FixedPoint) -> jax.Array:
     """x = n 2^-l in float32: exact for |n| <= 2^24, to float32 rounding above; NaN if invalid."""
     x = n.astype(jnp.float32) * jnp.float32(2.0**-fixed_point.frac_bits)
-    return jnp.where(n == _INVALID, jnp.float32(jnp.nan), x)
+    return jnp.where(n == INVALID, jnp.float32(jnp.nan), x)
 
 
 def straight_through(y: jax.Array, value: jax.Array) -> jax.Array:

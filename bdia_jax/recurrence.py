@@ -5,16 +5,21 @@ p, g, l are `gamma_bits`, `guard_bits`, `frac_bits` of the `FixedPoint`.
 `step` and `inverse_step` stand line against line: read them together.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from bdia_jax.fixed_point import (
+    INVALID,
     FixedPoint,
     add_or_invalid,
     dequantize,
     round_to_int,
     to_quanta,
 )
+
+_FITS = 2.0**31 - 2.0**10  # quanta; float32 sums there are right to 2^9
 
 
 def sample_gamma(key: jax.Array, depth: int, batch_size: int, magnitude: float = 0.5) -> jax.Array:
@@ -63,6 +68,48 @@ def mix(x: jax.Array, h: jax.Array, gamma: jax.Array) -> jax.Array:
     return (x + h) + gamma * (h - x)
 
 
+class Rounding(NamedTuple):
+    """A value in quanta, as the nearest integer and the rest: q int32, rest float32 in +-1/2."""
+
+    q: jax.Array
+    rest: jax.Array
+
+
+def rounded_mix(n, h, gamma, fixed_point: FixedPoint) -> Rounding:
+    """`mix` in quanta, rounded (Q of eq. 21), ties to even; q is invalid where it does not fit.
+
+    With H = h 2^l = i + f, i its nearest integer, and gamma = s 2^-p the value is
+
+        n + i + s ((i >> p) - (n >> p))  +  s 2^-p (i mod 2^p - n mod 2^p) + (1 + gamma) f:
+
+    an integer, and a number below 2 whose float32 is right to 2^-23. So it is as exact for large
+    states as for small ones, where float32 has lost the quanta, and the products are exact: the
+    bits do not depend on what the compiler fuses.
+
+    Args:
+        n: int32 [B, ..., D]. h: float32, the same shape.
+        gamma: float32, broadcastable to h, of values 0 or +-2^-p.
+        fixed_point: the format.
+    """
+    p = fixed_point.gamma_bits
+    quanta = to_quanta(h, fixed_point)
+    i = round_to_int(quanta)
+    f = quanta - jnp.round(quanta)
+    sigma = jnp.sign(gamma).astype(jnp.int32)
+    whole = n + i + sigma * ((i >> p) - (n >> p))
+    low = 2**p - 1
+    rest = 2.0**-p * (sigma * ((i & low) - (n & low))).astype(jnp.float32) + (f + gamma * f)
+    floor = jnp.floor(rest)
+    q = whole + floor.astype(jnp.int32)
+    rest = rest - floor
+    up = (rest > 0.5) | ((rest == 0.5) & ((q & 1) == 1))
+    q, rest = q + up.astype(jnp.int32), jnp.where(up, rest - 1.0, rest)
+    # sums above wrap around: right where the value fits, of which float32 knows enough
+    x = n.astype(jnp.float32)
+    fits = (jnp.abs(mix(x, quanta, gamma)) < _FITS) & (jnp.abs(quanta) < _FITS) & (n != INVALID)
+    return Rounding(jnp.where(fits, q, jnp.int32(INVALID)), rest)
+
+
 def step(n_prev, n, h, gamma, fixed_point: FixedPoint):
     """n_{k+1} from n_{k-1}, n_k and h_k(x_k), and the bits that undo it (eq. 21).
 
@@ -75,17 +122,21 @@ def step(n_prev, n, h, gamma, fixed_point: FixedPoint):
     Returns:
         n_next: int32; marked invalid (NaN) where h is not finite or the state overflows.
         side: int32 in [0, 2^(p+g)): n_{k-1} mod 2^(p+g).
-        pre_round: float32, the value that was rounded, in quanta.
+        rounding: what was rounded.
     """
     p = fixed_point.gamma_bits
     sigma = jnp.sign(gamma).astype(jnp.int32)
     side = n_prev & (2**fixed_point.side_bits - 1)
-    pre_round = to_quanta(mix(dequantize(n, fixed_point), h, gamma), fixed_point)
-    q = round_to_int(pre_round)
+    rounding = rounded_mix(n, h, gamma, fixed_point)
     # (n_prev + e) / 2^p with e = (-n_prev) mod 2^p is a division that rounds up (eq. 20)
     ratio = -((-n_prev) >> p)
-    n_next = add_or_invalid(sigma * ratio, q)
-    return n_next, side, pre_round
+    n_next = add_or_invalid(sigma * ratio, rounding.q)
+    return n_next, side, rounding
+
+
+def plain_step(n, h, fixed_point: FixedPoint):
+    """n_{k+1} of inference, where gamma is 0: x_{k+1} = Q[x_k + h_k(x_k)] (eq. 11)."""
+    return rounded_mix(n, h, jnp.float32(0), fixed_point).q
 
 
 def inverse_step(n_next, n, h, gamma, side, fixed_point: FixedPoint):
@@ -102,20 +153,19 @@ def inverse_step(n_next, n, h, gamma, side, fixed_point: FixedPoint):
     Returns:
         n_prev: int32.
         correction: int32, by how much the guard moved the recomputed rounding.
-        pre_round: float32, the recomputed value before rounding, in quanta.
+        rounding: what was rounded, recomputed.
     """
     p, g = fixed_point.gamma_bits, fixed_point.guard_bits
     sigma = jnp.sign(gamma).astype(jnp.int32)
     e = -side & (2**p - 1)
-    pre_round = to_quanta(mix(dequantize(n, fixed_point), h, gamma), fixed_point)
-    q = round_to_int(pre_round)
+    rounding = q, rest = rounded_mix(n, h, gamma, fixed_point)
     ratio_low = (side + e) >> p  # equals the forward's ratio modulo 2^g
     residue = (n_next - sigma * ratio_low - q) & (2**g - 1)
-    fraction = pre_round - jnp.round(pre_round)
-    above = residue.astype(jnp.float32) - fraction > 2.0 ** (g - 1)
+    # of the integers q + residue and 2^g less the one nearer to q + rest
+    above = residue.astype(jnp.float32) - rest > 2.0 ** (g - 1)
     correction = residue - jnp.where(above, jnp.int32(2**g), jnp.int32(0))
     n_prev = sigma * ((n_next - (q + correction)) << p) - e
-    return n_prev, correction, pre_round
+    return n_prev, correction, rounding
 
 
 def step_any_gamma(n_prev, n, h, gamma, fixed_point: FixedPoint):
@@ -124,9 +174,10 @@ def step_any_gamma(n_prev, n, h, gamma, fixed_point: FixedPoint):
     Bit-equal to `step` where |gamma| is 0 or 2^-p, so that "store", "remat" and
     "reversible" compute the same forward.
     """
-    exact, _, pre_round = step(n_prev, n, h, gamma, fixed_point)
-    history = to_quanta(gamma * dequantize(n_prev, fixed_point), fixed_point)
-    rounded = add_or_invalid(round_to_int(history), round_to_int(pre_round))
+    exact, *_ = step(n_prev, n, h, gamma, fixed_point)
+    x_prev, x = (dequantize(each, fixed_point) for each in (n_prev, n))
+    history, new = (to_quanta(each, fixed_point) for each in (gamma * x_prev, mix(x, h, gamma)))
+    rounded = add_or_invalid(round_to_int(history), round_to_int(new))
     magnitude = jnp.abs(gamma)
     invertible = (magnitude == 0) | (magnitude == 2.0**-fixed_point.gamma_bits)
     return jnp.where(invertible, exact, rounded)

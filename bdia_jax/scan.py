@@ -15,8 +15,9 @@ from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
+from bdia_jax._verify import checksum, nan_unless
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
-from bdia_jax.recurrence import inverse_step, per_element, step
+from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
 
 
 def bdia_scan(
@@ -31,6 +32,8 @@ def bdia_scan(
     batch_chunks: int = 1,
     token_chunks: int | tuple[int, ...] = 1,
     per_sample: PyTree = None,
+    verify: bool | int = True,
+    failures: jax.Array | None = None,
 ) -> Any:
     """Runs K residual blocks as a BDIA-transformer (arXiv 2407.09093) and returns x_K.
 
@@ -56,7 +59,8 @@ def bdia_scan(
         x0: float32 or bfloat16 [B, ..., D].
         gamma: float [K, B] or [K, 1] from `sample_gamma`, row 0 zero, or None. No gradient
             flows into it. Under jit its values cannot be read, so a bad one (row 0 not zero,
-            or not +-2^-gamma_bits when reversible) makes x_K NaN instead of raising.
+            or not +-2^-gamma_bits when reversible) makes x_K and every gradient NaN instead of
+            raising.
         *consts: pytrees handed to every block (encoder memory, masks, conditioning); the
             gradients of their float leaves are summed over blocks.
         fixed_point: the state format, or None for no quantization.
@@ -76,6 +80,12 @@ def bdia_scan(
             along: a bool, or a pytree of bools that is a prefix of consts, as in
             `jax.vmap(in_axes=)`. True asks for a leading axis of B, or of 1 for all samples. None:
             none of them, and an error where a leading axis of B leaves that open.
+        verify: whether the backward pass of "reversible" proves each rebuilt state by a checksum,
+            4 bytes for every sample and block. A sample whose state is wrong gets NaN for it, so
+            that no gradient that depends on it is a number. A number n verifies n parts of axis 1
+            each: for a mesh that splits it over n devices, which need nothing of each other then.
+        failures: `jnp.zeros(K)`, to learn where that happened: its gradient is, for each block k,
+            the number of samples (or parts) whose rebuilt x_k was wrong or came after a wrong one.
 
     Returns:
         x_K, float32 [B, ..., D]; with `has_aux` also aux, stacked [K, ...], differentiable; a
@@ -96,7 +106,8 @@ def bdia_scan(
     """
     chunks = {"batch_chunks": batch_chunks, "token_chunks": token_chunks, "per_sample": per_sample}
     options = {"fixed_point": fixed_point, "backprop": backprop, "has_aux": has_aux, **chunks}
-    static, operands, gamma_is_valid = prepare(block_fn, params, x0, gamma, consts, **options)
+    options |= {"verify": verify, "failures": failures}
+    static, operands = prepare(block_fn, params, x0, gamma, consts, **options)
     if backprop == "reversible":
         try:
             result: Any = _reversible(static, operands)
@@ -108,10 +119,8 @@ def bdia_scan(
                 "use backprop='store' for it"
             ) from error
     else:
-        result = autodiff_scan(static.block, fixed_point, *operands, remat=backprop == "remat")
+        result = autodiff_scan(static.block, fixed_point, *operands[:4], remat=backprop == "remat")
     x_last, aux = result
-    if gamma_is_valid is not True:
-        x_last = jnp.where(gamma_is_valid, x_last, jnp.float32(jnp.nan))
     return (x_last, static.merge_aux(*aux)) if has_aux else x_last
 
 
@@ -122,11 +131,13 @@ class Kept(NamedTuple):
     """What the forward pass hands the backward pass of K blocks, beside params and consts.
 
     n_prev, n_last: int32 [B, ..., D], n_{K-1} and n_K. packed: uint8 [K, B, ...] side bits or None.
+    sums: uint32 [K, B, parts], checksums of n_{k-1}, or None.
     """
 
     n_prev: jax.Array
     n_last: jax.Array
     packed: Any
+    sums: Any
 
 
 def forward_scan(
@@ -134,9 +145,9 @@ def forward_scan(
 ) -> tuple[Kept, Any]:
     """(what is kept, aux [K, ...]).
 
-    With `probe(n_prev, pre_round)` its results, stacked, take the place of aux.
+    With `probe(n_prev, rounding)` its results, stacked, take the place of aux.
     """
-    fixed_point = static.fixed_point
+    fixed_point, parts = static.fixed_point, static.verify
 
     def body(carry, inputs):
         n_prev, n = carry
@@ -144,26 +155,31 @@ def forward_scan(
         x = dequantize(n, fixed_point)
         h, aux = value(static.block, params_k, x, operands.consts)
         if gamma_k is None:
-            return (n, quantize(x + h, fixed_point)), (aux, None)
-        n_next, side, pre_round = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)
+            return (n, plain_step(n, h, fixed_point)), (aux, None, None)
+        n_next, side, rounding = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)
         if probe is not None:
-            aux = probe(n_prev, pre_round)
-        return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits))
+            aux = probe(n_prev, rounding)
+        sums = checksum(n_prev, fixed_point.side_bits, parts) if parts else None
+        return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits), sums)
 
     n0 = quantize(operands.x0, fixed_point)
-    last, (aux, packed) = jax.lax.scan(body, (n0, n0), (operands.params, operands.gamma))
-    return Kept(*last, packed), aux
+    last, (aux, *kept) = jax.lax.scan(body, (n0, n0), (operands.params, operands.gamma))
+    return Kept(*last, *kept), aux
 
 
 # --- backward: every state is rebuilt on the way down ---------------------------------
 
 
 class Known(NamedTuple):
-    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k."""
+    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k.
+
+    sound: bool [B, parts], whether n_k is proved to be the forward's; None if that is not asked.
+    """
 
     gamma: jax.Array
     packed: jax.Array
     n: jax.Array
+    sound: Any
 
 
 class Around(NamedTuple):
@@ -179,10 +195,10 @@ class Around(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """For `audit`: by how much the guard moved a rounding, and the value before it, in quanta."""
+    """For `audit`: by how much the guard moved a rounding, and what was rounded."""
 
     correction: jax.Array
-    pre_round: jax.Array
+    rounding: Rounding
 
 
 def reverse_scan(
@@ -192,21 +208,23 @@ def reverse_scan(
     ct_x_last: jax.Array,
     ct_aux: Any,
     probe: tuple[Callable[..., Any], PyTree] | None = None,
-) -> tuple[Cotangents, jax.Array, Any]:
+) -> tuple[Cotangents, Any, jax.Array, Any]:
     """Rebuilds x_{K-1} .. x_0 and accumulates cotangents on the way.
 
     `probe` is (look, inputs [K, ...]): `look(inputs_k, n_prev, seen)` lets `audit` see every
     rebuild as training compiles it.
 
     Returns:
-        (cotangents of params, x0 and consts, the rebuilt n_0, what look returned, stacked).
+        (cotangents of params, x0 and consts, that of failures, the rebuilt n_0, what look
+        returned, stacked).
     """
     look, probe_inputs = probe or (None, None)
-    batch = kept.n_last.shape[0]
+    batch, parts = kept.n_last.shape[0], static.verify
 
     def body(carry, inputs):
-        n, around, ct_consts = carry
-        params_k, gamma_k, packed_k, ct_aux_k, probe_inputs_k = inputs
+        n, around, ct_consts, sound = carry
+        params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
+        failed = None if operands.failures is None else jnp.sum(~sound, dtype=jnp.float32)
         if static.block.batch_chunks > 1:
             gamma_k = jnp.broadcast_to(gamma_k, batch)
         around, ct_params_k, ct_consts, seen = over_batch_chunks(
@@ -214,23 +232,28 @@ def reverse_scan(
             functools.partial(_undo, static, ct_aux_k),
             params_k,
             operands.consts,
-            known=Known(gamma_k, packed_k, n),
+            known=Known(gamma_k, packed_k, n, sound),
             states=around,
             ct_consts=ct_consts,
-            seen=Seen(correction=n, pre_round=around.ct),
+            seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
         )
         looked = look and look(probe_inputs_k, around.n, seen)
         n_prev, ct_prev, ct_x = around
-        return (n_prev, Around(n, ct_x, ct_prev), ct_consts), (ct_params_k, looked)
+        if parts:  # of the first block n_prev means nothing, and is not looked at
+            sound &= checksum(n_prev, static.fixed_point.side_bits, parts) == sums_k
+        carry = n_prev, Around(n, ct_x, ct_prev), ct_consts, sound
+        return carry, (ct_params_k, failed, looked)
 
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
+        jnp.ones((batch, parts), bool) if parts else None,
     )
-    inputs = (operands.params, operands.gamma, kept.packed, ct_aux, probe_inputs)
-    (_, before, ct_consts), (ct_params, looked) = jax.lax.scan(body, init, inputs, reverse=True)
-    return Cotangents(ct_params, before.ct, ct_consts), before.n, looked
+    inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
+    last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
+    _, before, ct_consts, _ = last
+    return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
 
 
 def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
@@ -240,12 +263,12 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
     (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
     (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
     """
-    n, u = known.n, around.ct
+    n, u = known.n, nan_unless(known.sound, around.ct)
     gamma = per_element(known.gamma, n)
     h, ct = value_and_vjp(
         static.block.branches,
         params=params_k,
-        x=dequantize(n, static.fixed_point),
+        x=nan_unless(known.sound, dequantize(n, static.fixed_point)),
         consts=consts,
         ct_h=(1.0 + gamma) * u,
         ct_aux=ct_aux_k,
@@ -280,10 +303,10 @@ def _reversible_fwd(static: Static, operands: Operands):
 
 def _reversible_bwd(static: Static, residuals, cotangents):
     (operands, kept), (ct_x_last, ct_aux) = residuals, cotangents
-    gradients, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
+    gradients, failed, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
     ct_params, ct_x0, ct_consts = _first_order(gradients)
     ct_x0 = ct_x0.astype(operands.x0.dtype)
-    return (Operands(Leaves(ct_params, None), ct_x0, None, Leaves(ct_consts, None)),)
+    return (Operands(Leaves(ct_params, None), ct_x0, None, Leaves(ct_consts, None), failed),)
 
 
 @jax.custom_jvp

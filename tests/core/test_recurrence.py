@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdia_jax import FixedPoint, sample_gamma
-from bdia_jax.fixed_point import dequantize, quantize
-from bdia_jax.recurrence import inverse_step, mix, step, step_any_gamma
+from bdia_jax.fixed_point import dequantize
+from bdia_jax.recurrence import (
+    inverse_step,
+    mix,
+    plain_step,
+    rounded_mix,
+    step,
+    step_any_gamma,
+)
 
 INVALID = -(2**31)
 step_jit = jax.jit(step, static_argnums=4)
@@ -73,22 +80,52 @@ def test_step_is_eq_21_in_whole_numbers(fixed_point):
     p, bits = fixed_point.gamma_bits, fixed_point.side_bits
     n_prev, n, h, sigma = random_states(p, 999)
     gamma = sigma * np.float32(2.0**-p)
-    n_next, side, pre_round = step_jit(n_prev, n, h, gamma, fixed_point)
+    n_next, side, rounding = step_jit(n_prev, n, h, gamma, fixed_point)
     for i in range(n.size):
         e = -int(n_prev[i]) % 2**p  # eq. 20
         assert (int(n_prev[i]) + e) % 2**p == 0
-        q = int(np.rint(pre_round[i]))
+        q = int(rounding.q[i])
         assert int(n_next[i]) == int(sigma[i]) * ((int(n_prev[i]) + e) // 2**p) + q
         assert int(side[i]) == int(n_prev[i]) % 2**bits
-    x = n.astype(np.float64) * 2.0**-9
-    np.testing.assert_allclose(pre_round, ((1 - gamma) * x + (1 + gamma) * h) * 2.0**9, rtol=1e-5)
+    np.testing.assert_array_equal(rounding.q, np.rint(exact_mix(n, h, gamma)))
+
+
+def exact_mix(n, h, gamma):
+    """(1 - gamma) x + (1 + gamma) h in quanta of 2^-9, in float64: exact."""
+    n, h, gamma = (np.asarray(each, np.float64) for each in (n, h * 2.0**9, gamma))
+    return (1 - gamma) * n + (1 + gamma) * h
+
+
+def value_of(rounding):
+    return np.float64(rounding.q) + np.float64(rounding.rest)
+
+
+@pytest.mark.parametrize("sizes", [(20, 2), (26, 8), (29, 20), (2, 29)], ids=str)
+@pytest.mark.parametrize("gamma_bits", [1, 3])
+def test_what_is_rounded_is_exact_at_every_magnitude(gamma_bits, sizes):
+    """log2 of the quanta that n and h reach; ties, of which whole h makes many, go to even."""
+    rng = np.random.default_rng(0)
+    n, whole = (rng.integers(-(2**s), 2**s, size=20000).astype(np.int32) for s in sizes)
+    quanta = np.float32(whole + rng.choice([0, 0.5, 0.123], size=whole.size))
+    gamma = rng.choice([-1, 0, 1], size=n.size).astype(np.float32) * np.float32(2.0**-gamma_bits)
+    fixed_point = FixedPoint(gamma_bits=gamma_bits)
+    rounding = jax.jit(rounded_mix, static_argnums=3)(n, quanta / 512, gamma, fixed_point)
+    exact = exact_mix(n, quanta / 512, gamma)
+    assert np.abs(value_of(rounding) - exact).max() < 2.0**-22
+    assert np.abs(rounding.rest).max() <= 0.5
+    near_tie = np.abs(np.abs(rounding.rest) - 0.5) < 2.0**-22
+    is_tie = exact - np.floor(exact) == 0.5
+    sure = ~near_tie | is_tie
+    np.testing.assert_array_equal(np.asarray(rounding.q)[sure], np.rint(exact)[sure])
+    assert is_tie.sum() > 500 and sure.mean() > 0.99
 
 
 def test_the_first_block_is_the_plain_step_and_forgets_n_prev():
     n_prev, n, h, _ = random_states(0, 999)
     fp = FixedPoint()
     n_next, _, _ = step_jit(n_prev, n, h, np.float32(0), fp)
-    np.testing.assert_array_equal(n_next, jax.jit(quantize, static_argnums=1)(n * 2.0**-9 + h, fp))
+    np.testing.assert_array_equal(n_next, np.rint(n + h * 2.0**9))
+    np.testing.assert_array_equal(n_next, jax.jit(plain_step, static_argnums=2)(n, h, fp))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**22])
@@ -107,8 +144,8 @@ def test_a_state_that_leaves_int32_is_marked_though_every_term_fits(sign):
     fp = FixedPoint()
     n_prev, n = (np.array([sign * (2**31 - 2**8)], np.int32),) * 2
     h = np.array([sign * 2.0**21], np.float32)  # 1.5 h + 0.5 x + 0.5 x_prev > 2^22
-    n_next, _, pre_round = step_jit(n_prev, n * 0, h, np.float32([0.5]), fp)
-    assert abs(float(pre_round[0])) < 2**31
+    n_next, _, rounding = step_jit(n_prev, n * 0, h, np.float32([0.5]), fp)
+    assert abs(float(rounding.q[0])) < 2**31 - 1
     assert n_next[0] == INVALID
 
 
@@ -121,10 +158,10 @@ def test_a_state_that_leaves_int32_is_marked_though_every_term_fits(sign):
 def test_inverse_step_undoes_step(fixed_point, reach):
     n_prev, n, h, sigma = random_states(1, 4096, reach)
     gamma = sigma * np.float32(2.0**-fixed_point.gamma_bits)
-    n_next, side, pre_round = step_jit(n_prev, n, h, gamma, fixed_point)
+    n_next, side, rounding = step_jit(n_prev, n, h, gamma, fixed_point)
     rebuilt, correction, again = inverse_jit(n_next, n, h, gamma, side, fixed_point)
     np.testing.assert_array_equal(rebuilt, n_prev)
-    np.testing.assert_array_equal(again, pre_round)
+    np.testing.assert_array_equal(value_of(again), value_of(rounding))
     assert not np.any(correction)
 
 
@@ -177,16 +214,16 @@ def test_two_hundred_random_steps_are_undone_and_one_flipped_side_bit_is_not():
 # --- the guard -----------------------------------------------------------------------
 
 
-def drifted_rebuild(fixed_point, drift, seed=5, size=20000):
+def drifted_rebuild(fixed_point, drift, seed=5, size=20000, reach=2**11):
     """(wrong, correction, roundings that flipped) when h comes back off by `drift` quanta."""
-    n_prev, n, h, sigma = random_states(seed, size, reach=2**11)
+    n_prev, n, h, sigma = random_states(seed, size, reach)
     gamma = sigma * np.float32(2.0**-fixed_point.gamma_bits)
-    n_next, side, pre_round = step_jit(n_prev, n, h, gamma, fixed_point)
+    n_next, side, rounding = step_jit(n_prev, n, h, gamma, fixed_point)
     direction = np.random.default_rng(seed).choice([-1.0, 1.0], size=size)
     h_again = h + (direction * drift / (1 + gamma) * 2.0**-fixed_point.frac_bits).astype(np.float32)
     rebuilt, correction, again = inverse_jit(n_next, n, h_again, gamma, side, fixed_point)
-    np.testing.assert_allclose(np.abs(again - pre_round), drift, atol=0.01)
-    flips = np.rint(pre_round) - np.rint(again)
+    np.testing.assert_allclose(np.abs(value_of(again) - value_of(rounding)), drift, atol=0.01)
+    flips = np.asarray(rounding.q) - again.q
     return np.asarray(rebuilt) != n_prev, np.asarray(correction), flips
 
 
@@ -194,13 +231,14 @@ def drifted_rebuild(fixed_point, drift, seed=5, size=20000):
 @pytest.mark.control("the guard absorbs a drift below its bound")
 @pytest.mark.parametrize("gamma_bits", [1, 2, 3])
 @pytest.mark.parametrize("guard_bits", [1, 2, 3, 4])
-def test_the_guard_is_exact_up_to_its_bound_and_fails_above_it(guard_bits, gamma_bits):
+@pytest.mark.parametrize("reach", [2**11, 2**20, 2**25, 2**29], ids="{:.0e}".format)
+def test_the_guard_is_exact_up_to_its_bound_and_fails_above_it(guard_bits, gamma_bits, reach):
     fp = FixedPoint(guard_bits=guard_bits, gamma_bits=gamma_bits)
-    wrong, correction, flips = drifted_rebuild(fp, fp.drift_bound - 0.02)
+    wrong, correction, flips = drifted_rebuild(fp, fp.drift_bound - 0.02, reach=reach)
     assert not wrong.any()
     np.testing.assert_array_equal(correction, flips)  # it put back every flip, and only those
     assert flips.any()
-    wrong, _, _ = drifted_rebuild(fp, fp.drift_bound + 0.05)
+    wrong, _, _ = drifted_rebuild(fp, fp.drift_bound + 0.05, reach=reach)
     assert wrong.any()
 
 

@@ -309,7 +309,7 @@ def straight_line(params, x0, gamma, frac_bits=9):
 @pytest.mark.claim("gradients equal store's")
 @pytest.mark.control("gradients equal store's")
 def test_store_is_the_straight_through_derivative_of_the_recurrence_written_out():
-    params, x0, gamma = make_case(4, (3, 5, 13))
+    params, x0, gamma = make_case(4, (3, 5, 13), seed=1)
     params = used(params, "float32")
 
     @jax.jit
