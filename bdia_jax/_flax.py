@@ -195,6 +195,13 @@ def check_trains(stack: Any, *, deterministic: bool) -> None:
         )
 
 
+def verification(stack: Any, backprop: str, failures: jax.Array | None) -> dict[str, Any]:
+    """The arguments of `bdia_scan` about it; the tokens of each device are verified apart."""
+    parts = 1 if stack.mesh is None else stack.mesh.shape["sequence"]
+    verify = parts if stack.verify else 0
+    return {"verify": verify, "failures": failures if verify and backprop == "reversible" else None}
+
+
 def choose_guard_bits(
     audit_with: Callable[[FixedPoint], Audit], fixed_point: FixedPoint, at_least: int
 ) -> Audit:

@@ -33,6 +33,10 @@ class BranchedBlock(nnx.Module):
         return sum_of_branches(self, x, *consts)
 
 
+class RebuildFailures(nnx.Variable):
+    """float32 [K] of zeros, whose gradient is where the rebuild failed: `BDIAStack.failures`."""
+
+
 class Stack(nnx.Module):
     """What all stacks of K residual blocks share; `bdia_jax.nnx` and `.baselines` have them.
 

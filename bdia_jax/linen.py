@@ -18,6 +18,7 @@ from bdia_jax._flax import (
     choose_guard_bits,
     draw_gamma,
     sum_of_branches,
+    verification,
 )
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
@@ -59,7 +60,7 @@ class BDIAStack(nn.Module):
         magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
             0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`.
-        inference_gamma, mesh: as in `bdia_jax.nnx.BDIAStack`.
+        inference_gamma, verify, mesh: as in `bdia_jax.nnx.BDIAStack`.
         by_branch, batch_chunks, token_chunks: to hold less than a block's backward pass at a
             time, as in `bdia_jax.nnx.BDIAStack`; the block's `branches` and `per_token` name
             methods (of a block written with `setup`) that are called as the block is.
@@ -70,7 +71,8 @@ class BDIAStack(nn.Module):
     Every collection lives under the name "blocks" with a leading axis K. Every rng the
     caller passes other than "params" and "gamma" reaches the blocks, split by block, so a
     dropout mask is the same in the forward and the backward pass. Mutable collections
-    (batch statistics) are updated once per call, by the forward pass.
+    (batch statistics) are updated once per call, by the forward pass. If there is a collection
+    "failures", {"blocks": jnp.zeros(K)}, its gradient is that of failures of `bdia_scan`.
 
     Example:
         >>> class Block(nn.Module):
@@ -96,6 +98,7 @@ class BDIAStack(nn.Module):
     batch_chunks: int = 1
     token_chunks: int = 1
     inference_gamma: float = 0.0
+    verify: bool = True
     deterministic: bool | None = None
     dtype: Any = None
     mesh: jax.sharding.Mesh | None = None
@@ -163,8 +166,8 @@ class BDIAStack(nn.Module):
         return self.clone(fixed_point=found.fixed_point), found
 
     def _audited(self, x: jax.Array, consts: tuple[Any, ...], block_kwargs: dict[str, Any]):
-        def run(*args, backprop, **options):
-            del backprop  # it is "reversible" that is audited
+        def run(*args, backprop, verify, failures, **options):
+            del backprop, verify, failures  # "reversible" is audited, which looks for itself
             return audit(*args, **options)
 
         return self._run(run, x, consts, False, block_kwargs)
@@ -226,6 +229,7 @@ class BDIAStack(nn.Module):
             backprop=backprop,
             has_aux=True,
             **evaluation.chunks,
+            **verification(self, backprop, self.get_variable("failures", "blocks")),
         )
         if isinstance(found, Audit):
             return found

@@ -17,10 +17,12 @@ from bdia_jax._flax import (
     choose_evaluation,
     choose_guard_bits,
     draw_gamma,
+    verification,
 )
 from bdia_jax._stack import (
     BranchedBlock,
     Pure,
+    RebuildFailures,
     Stack,
     call_branch,
     call_whole,
@@ -32,7 +34,7 @@ from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.scan import bdia_scan
 from bdia_jax.sharding import constrain
 
-__all__ = ["BDIAStack", "BranchedBlock", "Stack", "stacked_params"]
+__all__ = ["BDIAStack", "BranchedBlock", "RebuildFailures", "Stack", "stacked_params"]
 
 
 class BDIAStack(Stack):
@@ -61,6 +63,8 @@ class BDIAStack(Stack):
             unchanged transformer. May be set later too (`stack.inference_gamma = 0.2`).
         dtype: what the blocks compute in (jnp.bfloat16), None if they decide: see below. May be
             set later too (`stack.dtype = None`).
+        verify: whether the backward pass of "reversible" proves every rebuilt state, as in
+            `bdia_scan`: a gradient that depends on a wrong one is NaN. May be set later too.
         mesh: of `bdia_jax.sharding.make_mesh`, to split x, and with it states and side bits, over
             many devices; parameters are the caller's to split (`param_shardings`). None: x stays
             as it comes. May be set later too.
@@ -69,6 +73,9 @@ class BDIAStack(Stack):
         blocks: one block module whose variables are stacked on a leading axis K.
         deterministic: True at inference; `train()` and `eval()` of this or any enclosing
             module set it.
+        failures: None, or set it to `RebuildFailures(jnp.zeros(depth))` and differentiate it too
+            (`nnx.DiffState(0, nnx.Any(nnx.Param, RebuildFailures))`): its gradient says in which
+            blocks the rebuild failed, as in `bdia_scan`.
 
     Raises:
         ValueError: a depth below 1, inference_gamma outside [-0.5, 0.5], or a dtype that is no
@@ -115,6 +122,8 @@ class BDIAStack(Stack):
         (2, 8)
     """
 
+    failures: RebuildFailures | None = None
+
     def __init__(
         self,
         make_block: Callable[[nnx.Rngs], nnx.Module],
@@ -129,6 +138,7 @@ class BDIAStack(Stack):
         batch_chunks: int = 1,
         token_chunks: int = 1,
         inference_gamma: float = 0.0,
+        verify: bool = True,
         dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -140,6 +150,7 @@ class BDIAStack(Stack):
         self.batch_chunks = batch_chunks
         self.token_chunks = token_chunks
         self.inference_gamma = inference_gamma
+        self.verify = verify
 
     @property
     def inference_gamma(self) -> float:
@@ -167,6 +178,8 @@ class BDIAStack(Stack):
         gamma, backprop = self._draw(x, rngs)
         pure, block_fn, chunks = self._functions(x, rngs)
         options = {"fixed_point": self.fixed_point, "backprop": backprop, "has_aux": True}
+        failures = None if self.failures is None else self.failures[...]
+        options |= verification(self, backprop, failures)
         out, aux = bdia_scan(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
         if isinstance(block_fn, tuple):  # branches have no state, and aux each
             aux = (tuple(aux_i for aux_i, _ in aux), None)

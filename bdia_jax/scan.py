@@ -1,7 +1,8 @@
 """bdia_scan: a stack of residual blocks trained without storing its activations.
 
 The whole method: one forward scan that keeps the last two states and the packed side
-bits, and one reverse scan that rebuilds each state while it accumulates gradients.
+bits, and one reverse scan that rebuilds each state while it accumulates gradients. (It is
+over 300 lines because the two are read together.)
 """
 
 import functools

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import its own layer, as long as there is no circle, and those below.
 LIBRARY = [
     ["fixed_point"],
-    ["recurrence", "_checks", "_rounding"],
+    ["recurrence", "_checks", "_rounding", "_verify"],
     ["_block", "_parts", "_autodiff", "_call"],
     ["scan", "memory", "losses", "optim"],
     ["audit"],
