@@ -225,7 +225,7 @@ def reverse_scan(
     def body(carry, inputs):
         n, around, ct_consts, sound = carry
         params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
-        failed = None if operands.failures is None else jnp.sum(~sound, dtype=jnp.float32)
+        failed = None if operands.failures is None else ~sound
         if static.block.batch_chunks > 1:
             gamma_k = jnp.broadcast_to(gamma_k, batch)
         around, ct_params_k, ct_consts, seen = over_batch_chunks(
@@ -254,6 +254,7 @@ def reverse_scan(
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
     _, before, ct_consts, _ = last
+    failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
     return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
 
 

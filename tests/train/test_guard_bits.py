@@ -31,7 +31,8 @@ def make_config(module, data_dir, **changes):
 def finds(guard_bits, calls):
     """In place of `BDIAStack.choose_guard_bits`, which compiles for long."""
 
-    def choose(stack, x, *consts, rngs):
+    def choose(stack, x, *consts, at_least, rngs):
+        assert at_least == 1
         calls.append((x.shape, [leaf.shape for leaf in jax.tree.leaves(consts)]))
         one = np.zeros(1)
         found = FixedPoint(guard_bits=guard_bits(stack))
@@ -44,11 +45,16 @@ def test_the_program_is_compiled_with_the_number_chosen(data_dir, tmp_path, monk
     calls, built = [], []
     monkeypatch.setattr(BDIAStack, "choose_guard_bits", finds(lambda _: 2, calls))
     make = training.make_program
-    record = lambda config, task: built.append(config.guard_bits) or make(config, task)  # noqa: E731
+
+    def record(config, task):
+        program = make(config, task)
+        built.append(program.abstract.stack.fixed_point.guard_bits)
+        return program
+
     monkeypatch.setattr(training, "make_program", record)
     config = make_config(vit_digits, data_dir, model={"dropout_rate": 0.0})
     training.train(config, str(tmp_path))
-    assert calls == [((32, 17, 16), [])] and built == [-1, 2]
+    assert calls == [((32, 17, 16), [])] and built == [1, 2]
     (start,) = (record for record in read_records(tmp_path) if record["kind"] == "start")
     assert (start["guard_bits"], start["max_drift"], start["audited"]) == (2, 0.75, 32 * 17 * 16)
     assert "guard bits: 2, chosen by an audit of 8,704 rebuilt" in capsys.readouterr().out
@@ -69,8 +75,10 @@ def test_every_stack_of_a_model_is_audited_on_its_own_inputs(data_dir, monkeypat
     calls = []
     choose = finds(lambda stack: 2 if stack is model.encoder else 4, calls)
     monkeypatch.setattr(BDIAStack, "choose_guard_bits", choose)
-    chosen, facts = guard_bits.choose(replace(config, batch_chunks=2), task, model)
-    assert chosen.guard_bits == facts["guard_bits"] == 4
+    facts = guard_bits.choose(replace(config, batch_chunks=2), task, model)
+    assert facts["guard_bits"] == 4
+    made = nnx.eval_shape(lambda: guard_bits.with_guard_bits(task, 4).make_model(nnx.Rngs(0)))
+    assert made.encoder.fixed_point.guard_bits == made.decoder.fixed_point.guard_bits == 4
     half = config.batch_size // 2
     sizes = [(x[0], [leaf[0] for leaf in consts]) for x, consts in calls]
     assert sizes == [(half, [half] * 3), (half, [half])]  # the decoder first, with its memory

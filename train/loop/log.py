@@ -24,7 +24,7 @@ class Log:
     """Writes workdir/metrics.jsonl and prints a line for every training record.
 
     Records beyond `start_step`, left by an interrupted run, are dropped, with the evaluation
-    at `start_step`: the run makes them again.
+    at `start_step`: the run makes them again. (Not what was learned of guard bits.)
 
     Args:
         workdir: where the file is.
@@ -43,6 +43,7 @@ class Log:
             record
             for record in read_records(workdir)
             if record["step"] < start_step + (record["kind"] in ("train", "start"))
+            or record["kind"] == "rebuild"
         ]
         if not is_first():
             return
@@ -71,6 +72,11 @@ class Log:
             f"  {self._memory}  ETA {eta // 60}:{eta % 60:02d}",
             flush=True,
         )
+
+    def rebuild(self, step: int, said: str, **facts: Any) -> None:
+        """A step whose rebuild failed, and the guard bits it is made again with."""
+        self._write(step, "rebuild", said=said, **facts)
+        print(said, flush=True)
 
     def evaluation(self, step: int, **metrics: Any) -> None:
         """Metrics of the evaluation set."""
@@ -129,6 +135,12 @@ def read_records(workdir: Path) -> list[dict]:
             ) from error
         records.append(record)
     return records
+
+
+def mended_guard_bits(workdir: Path) -> int:
+    """The guard bits that a run has taken after a rebuild failed; 0 if none did."""
+    found = [r["guard_bits"] for r in read_records(workdir) if r["kind"] == "rebuild"]
+    return max(found, default=0)
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from train.devices.totals import group_totals
 from train.loop import non_finite
 from train.loop.non_finite import Note
 from train.loop.optimizer import make_schedule
+from train.loop.rebuild import Failure, counted, zero_counts
 from train.loop.state import State, Training, weights
 from train.loop.step_inputs import StepInputs
 from train.tasks.task import Arrays, Task
@@ -29,8 +30,9 @@ class Program(NamedTuple):
     init: (pretrained or None) -> State, before the first step; as `Training.init`.
     place: (groups, sizes) of a task -> the groups on the devices of the mesh.
     train_steps: jitted (state, groups, count) -> (state, metrics averaged over `count` steps, and
-        under "non_finite" a `Note`); the state is donated. A step that is not finite leaves the
-        state as it was; it is the last one, unless config.non_finite is "skip".
+        under "non_finite" a `Note`, under "rebuild" a `Failure`); the state is donated. A step that
+        is not finite leaves the state as it was; it is the last one, unless config.non_finite is
+        "skip". A step whose rebuild failed always is, and is not counted: it is to be made again.
     evaluate: jitted (state, groups) -> metrics.
     batch: (seed, step, groups) -> the examples this step sees, on the host.
     models: state -> the trained models, one a seed, in evaluation mode, on one device.
@@ -66,22 +68,24 @@ def make_program(config: Config, task: Task) -> Program:
         examples = inputs.examples(state["seed"], groups, epoch, group, position)
         batch, key = inputs.drawn(state["seed"], step, examples)
 
-        def loss_fn(params):
+        def loss_fn(params, counts):
             model = training.merge(state | {"params": params})
             model.train()
-            metrics = _ratios(task.metrics(model, batch, nnx.Rngs(key)))
+            with counted(model, counts):
+                metrics = _ratios(task.metrics(model, batch, nnx.Rngs(key)))
             return metrics["loss"], (metrics, training.stats(model))
 
-        grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state["params"])
-        return grads, metrics, stats
+        of_both = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (grads, counts), (metrics, stats) = of_both(state["params"], zero_counts(training.abstract))
+        return grads, counts, metrics, stats
 
     def gradient_step(state: State, step: jax.Array, groups: Any):
         epoch, group, position = batches.locate(step)
         branches = [partial(gradient, each) for each in range(len(batches.sizes))]
         operands = (state, step, groups, epoch, position)
-        grads, metrics, stats = jax.lax.switch(group, branches, *operands)
+        grads, counts, metrics, stats = jax.lax.switch(group, branches, *operands)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
-        return (grads, stats), metrics, non_finite.norms(grads)
+        return (grads, stats), metrics, non_finite.norms(grads), counts
 
     def update_step(state: State, grads: Any, stats: Any) -> State:
         updates, opt_state = training.tx.update(grads, state["opt_state"], state["params"])
@@ -92,31 +96,34 @@ def make_program(config: Config, task: Task) -> Program:
         """`count` steps in one dispatch; one program for every count."""
         step, state = state["step"], {k: v for k, v in state.items() if k != "step"}
         step_of, update = over_seeds(gradient_step, (0, None, None)), over_seeds(update_step, 0)
-        _, shapes, leaf_norms = jax.eval_shape(step_of, state, step, examples)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        none = Note.none(shapes["loss"].shape, leaf_norms.shape[-1])
+        _, *shapes = jax.eval_shape(step_of, state, step, examples)
+        zeros, leaf_norms, counts = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        none = Note.none(zeros["loss"].shape, leaf_norms.shape[-1])
 
         def goes_on(carry):
-            index, *_, note = carry
-            return (index < count) & (skips | (note.step < 0).all())
+            index, *_, note, failure = carry
+            return (index < count) & (skips | (note.step < 0).all()) & (failure.step < 0)
 
         def one(carry):
-            index, state, sums, note = carry
-            found, metrics, leaf_norms = step_of(state, step + index, examples)
-            kept = non_finite.is_finite(metrics)
-            note = note.after(step + index, metrics, leaf_norms)
+            index, state, sums, note, failure = carry
+            found, metrics, leaf_norms, counts = step_of(state, step + index, examples)
+            failure = failure.after(step + index, counts, metrics["loss"])
+            is_sound = failure.step < 0
+            kept = non_finite.is_finite(metrics) & is_sound
+            after = note.after(step + index, metrics, leaf_norms)
+            note = jax.tree.map(lambda new, old: jnp.where(is_sound, new, old), after, note)
             sums = non_finite.select(kept, jax.tree.map(jnp.add, sums, metrics), sums)
             if skips and config.num_seeds > 1:
                 state = non_finite.select(kept, update(state, *found), state)
             else:  # a branch, which needs no copy of the state as a selection would
                 state = jax.lax.cond(kept.all(), update, lambda state, *_: state, state, *found)
-            return index + (skips | kept.all()), state, sums, note
+            return index + (is_sound & (skips | kept.all())), state, sums, note, failure
 
-        carry = (jnp.zeros([], jnp.int32), state, zeros, none)
-        done, state, sums, note = jax.lax.while_loop(goes_on, one, carry)
+        carry = (jnp.zeros([], jnp.int32), state, zeros, none, Failure(jnp.int32(-1), counts))
+        done, state, sums, note, failure = jax.lax.while_loop(goes_on, one, carry)
         steps = done - note.skipped if skips else done
         metrics = jax.tree.map(lambda sum: sum / steps, sums)
-        return state | {"step": step + done}, metrics | {"non_finite": note}
+        return state | {"step": step + done}, metrics | {"non_finite": note, "rebuild": failure}
 
     def evaluate_one(values: State, examples: Any):
         model = training.merge(values)

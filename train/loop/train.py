@@ -16,8 +16,9 @@ from train.devices.mesh import open_mesh
 from train.devices.processes import first_does
 from train.loop import guard_bits, non_finite
 from train.loop.interrupt import Interrupt, Stopped
-from train.loop.log import Log, draw_curve, final_metrics, read_records
-from train.loop.program import Program, check_fits, lower_steps, make_program
+from train.loop.log import Log, draw_curve, final_metrics, mended_guard_bits, read_records
+from train.loop.program import Program, check_fits, compile_steps, lower_steps, make_program
+from train.loop.rebuild import RebuildFailed
 from train.loop.state import State
 from train.run.checkpoint import Checkpoints
 from train.run.fingerprint import data_fingerprint
@@ -65,8 +66,13 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
         del pretrained
         guard_facts: dict[str, Any] = {}
         if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
-            chosen, guard_facts = guard_bits.choose(config, task, program.models(state)[0])
-            program = make_program(chosen, task)
+            guard_facts = guard_bits.choose(config, task, program.models(state)[0])
+            print(guard_bits.described(guard_facts), flush=True)
+        if (mended := mended_guard_bits(path)) > guard_facts.get("guard_bits", config.guard_bits):
+            guard_facts["guard_bits"] = mended
+        if guard_facts:
+            task = guard_bits.with_guard_bits(task, guard_facts["guard_bits"])
+            program = make_program(config, task)
             lowered = lower_steps(program)
         program = program._replace(train_steps=lowered.compile())
         memory = memory_report(program.train_steps)
@@ -90,10 +96,26 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
         )
         train_groups = program.place(task.train_groups, task.train_sizes)
         eval_groups = program.place(task.eval_groups, task.eval_sizes)
+        metrics: dict[str, Any] = {}
         with Interrupt() as interrupt:
-            state, metrics = _loop(
-                config, program, train_groups, eval_groups, checkpoints, interrupt, log, state
-            )
+            while not metrics:
+                try:
+                    state, metrics = _loop(
+                        config,
+                        program,
+                        train_groups,
+                        eval_groups,
+                        checkpoints,
+                        interrupt,
+                        log,
+                        state,
+                    )
+                except RebuildFailed as failed:
+                    state = failed.state
+                    with log.pause():
+                        task = _mend(config, task, program, checkpoints, log, failed)
+                        program = make_program(config, task)
+                        program = program._replace(train_steps=compile_steps(program))
         checkpoints.wait()  # a run is finished once its last state is on the disk
         models = program.models(state)
         first_does(_finish, task, models, path, log, config.num_steps, metrics)
@@ -121,6 +143,27 @@ def _claim(workdir: Path, config: Config, task: Task, fingerprint: str) -> None:
             keep_description(config, workdir)
         if isinstance(task.tokenizer, Bpe):
             task.tokenizer.save(workdir / "tokenizer.json")
+
+
+def _mend(
+    config: Config,
+    task: Task,
+    program: Program,
+    checkpoints: Checkpoints,
+    log: Log,
+    failed: RebuildFailed,
+) -> Task:
+    """The task with the guard bits that the step takes whose rebuild failed."""
+    state, failure = failed.state, failed.failure
+    at = int(failure.step)
+    try:
+        facts = guard_bits.mend(config, task, program.models(state)[0], failure)
+    except ValueError as error:
+        checkpoints.save(at, state)
+        checkpoints.wait()
+        raise ValueError(f"{error}. The state before it is checkpoint {at}") from error
+    log.rebuild(at, f"{failed}; made again with {guard_bits.described(facts)}", **facts)
+    return guard_bits.with_guard_bits(task, facts["guard_bits"])
 
 
 def _finish(task: Task, models: Any, path: Path, log: Log, step: int, metrics: Any) -> None:
@@ -192,11 +235,17 @@ def _log_train(
 ) -> None:
     """Logs a dispatch. One with a step that is not finite is told, or ends the run.
 
+    Raises:
+        RebuildFailed: a step has to be made again; nothing is logged.
+        ValueError: a step is not finite.
+
     The state is then that of before this step, and is saved: a run that dispatched more steps
     since stopped at the same one.
     """
     values = jax.device_get(metrics)
-    note = values.pop("non_finite")
+    note, failure = values.pop("non_finite"), values.pop("rebuild")
+    if failure.step >= 0:
+        raise RebuildFailed(state, failure)
     workdir = checkpoints.directory.parent
     skips, is_bad = config.non_finite == "skip", bool((note.step >= 0).any())
     said = non_finite.report(workdir, config, note, state, batch) if is_bad else ""
