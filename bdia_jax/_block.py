@@ -28,10 +28,14 @@ LeafFn = Callable[[Leaves, jax.Array, Leaves], tuple[jax.Array, Leaves]]
 
 
 class Branch(NamedTuple):
-    """fn: the branch over leaves; token_chunks: chunks of the tokens it is evaluated in."""
+    """fn: the branch over leaves; token_chunks: chunks of the tokens it is evaluated in.
+
+    epsilon: the spacing of the dtype of its value, at 1.
+    """
 
     fn: LeafFn
     token_chunks: int
+    epsilon: float = 0.0
 
 
 class Block(NamedTuple):
@@ -104,7 +108,7 @@ def make_block(
         tokens = () if count == 1 else (x0.shape[1] // count,)
         x = jax.ShapeDtypeStruct((chunk, *tokens, *x0.shape[1 + len(tokens) :]), jnp.float32)
         try:
-            leaf_fn, aux_shape = over_leaves(fn, params, x, abstract_consts, has_aux)
+            leaf_fn, aux_shape, dtype = over_leaves(fn, params, x, abstract_consts, has_aux)
         except (TypeError, ValueError) as error:
             if batch_chunks * count > 1:
                 error.add_note(
@@ -118,7 +122,7 @@ def make_block(
                 f"block_fn returns aux {aux_shape} with batch_chunks={batch_chunks} and "
                 f"token_chunks={count}: every chunk would have its own; set both to 1 for it"
             )
-        branches.append(Branch(leaf_fn, count))
+        branches.append(Branch(leaf_fn, count, float(jnp.finfo(dtype).eps)))
         merges.append(partition(aux_shape)[1])
 
     def merge_aux(diff, data):
@@ -129,8 +133,8 @@ def make_block(
     return Block(tuple(branches), batch_chunks, _select(cut, is_diff)), merge_aux
 
 
-def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree]:
-    """fn over `Leaves`, every half-precision rounding explicit, and the shapes of its aux.
+def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree, Any]:
+    """fn over `Leaves`, every half-precision rounding explicit; the shapes of its aux; h's dtype.
 
     Args:
         fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`.
@@ -141,7 +145,7 @@ def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree]:
     """
     _, merge_params = partition(params)
     _, merge_consts = partition(consts)
-    jaxpr, aux_shape = check_block(fn, params, x, consts, has_aux)
+    jaxpr, aux_shape, dtype = check_block(fn, params, x, consts, has_aux)
     if has_half_precision(jaxpr.jaxpr):
         fn = pin_rounding(fn)
 
@@ -150,11 +154,11 @@ def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree]:
         h, aux = out if has_aux else (out, None)
         return h.astype(jnp.float32), partition(aux)[0]
 
-    return leaf_fn, aux_shape
+    return leaf_fn, aux_shape, dtype
 
 
 def check_block(block_fn, params, x, consts, has_aux):
-    """Traces block_fn once on abstract values; returns its jaxpr and the shapes of its aux."""
+    """Traces block_fn once on abstract values: its jaxpr, the shapes of its aux, h's dtype."""
     params_k = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     jaxpr, out = jax.make_jaxpr(block_fn, return_shape=True)(params_k, x, *consts)
@@ -179,7 +183,7 @@ def check_block(block_fn, params, x, consts, has_aux):
             f"block_fn returned h of shape {h.shape} and dtype {h.dtype} for x of shape "
             f"{x.shape}; h is added to x, so it must be a float array of that shape"
         )
-    return jaxpr, aux
+    return jaxpr, aux, h.dtype
 
 
 def _with_leading(leaf, size: int):

@@ -203,21 +203,25 @@ def verification(stack: Any, backprop: str, failures: jax.Array | None) -> dict[
 
 
 def choose_guard_bits(
-    audit_with: Callable[[FixedPoint], Audit], fixed_point: FixedPoint, at_least: int
+    audit_with: Callable[[FixedPoint], Audit], fixed_point: FixedPoint, at_least: int, draws: int
 ) -> Audit:
-    """An exact audit, with as many guard bits as `audit_with(fixed_point)` asks for.
+    """An exact audit, with the most guard bits that `draws` of `audit_with(fixed_point)` ask for.
 
     Raises:
         ValueError: no number of guard bits is enough, or states are not finite.
     """
-    found = audit_with(fixed_point)
+    check_count("draws", draws)
+    audits = [audit_with(fixed_point) for _ in range(draws)]
+    # None is most of all
+    found = max(audits, key=lambda each: (each.suggested_guard_bits is None, each.max_drift))
+    suggested = [each.suggested_guard_bits for each in audits]
     if found.invalid:
         raise ValueError(
             f"{found.invalid} elements of the states are NaN or beyond int32, so no guard bits "
             "can be chosen; check x and the parameters, or lower frac_bits"
         )
     if found.suggested_guard_bits is not None:
-        chosen = max(at_least, found.suggested_guard_bits)
+        chosen = max(at_least, *(each for each in suggested if each is not None))
         if chosen != fixed_point.guard_bits:
             found = audit_with(dataclasses.replace(fixed_point, guard_bits=chosen))
     if found.suggested_guard_bits is None or not found.exact:

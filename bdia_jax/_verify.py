@@ -1,9 +1,11 @@
 """Is a rebuilt state the forward's? Each has a checksum, and what fails is NaN from there on.
 
-The forward pass keeps 4 bytes for every sample and block. In the backward pass a sample whose
-rebuilt x_k has another checksum sees NaN for x_k and for its cotangent: no gradient that depends
-on the wrong state is a number, and those of the blocks after it, which do not, stay as they are.
+The forward pass keeps 4 bytes for every sample and block. In the backward pass, once a rebuilt x_k
+has another checksum, the cotangents that come from it are NaN: all of block k's parameters and of
+those below, of consts, and of x_0 of that sample. Those of the blocks above are right and stay.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +40,39 @@ def _weights(shape: tuple[int, ...]) -> jax.Array:
     return (mixed ^ (mixed >> 13)) | jnp.uint32(1)
 
 
-def nan_unless(sound: jax.Array | None, x: jax.Array) -> jax.Array:
-    """x [B, ...], and NaN in the parts [B, parts] that are not sound; x itself for None."""
-    if sound is None:
-        return x
-    batch, parts = sound.shape
-    if parts > 1:
-        sound = jnp.repeat(sound, x.shape[1] // parts, axis=1)
-    shape = (batch, sound.shape[1], *(1,) * (x.ndim - 2)) if x.ndim > 1 else (batch,)
-    return jnp.where(sound.reshape(shape), x, jnp.float32(jnp.nan))
+class Proof(NamedTuple):
+    """What is known, in the backward pass, of the states rebuilt so far.
+
+    sound: bool [B, parts], whether each was the forward's. verdict: float32 [], 0 if all were, else
+    NaN; a sum, so that devices add it up as they do gradients.
+    """
+
+    sound: jax.Array
+    verdict: jax.Array
+
+    @classmethod
+    def begin(cls, batch: int, parts: int) -> "Proof":
+        """Of no state yet."""
+        return cls(jnp.ones((batch, parts), bool), jnp.zeros([], jnp.float32))
+
+    def after(self, is_right: jax.Array) -> "Proof":
+        """When one more is rebuilt; is_right: bool [B, parts]."""
+        sound = self.sound & is_right
+        return Proof(sound, jnp.sum(jnp.where(sound, 0.0, jnp.nan), dtype=jnp.float32))
+
+    @property
+    def holds(self) -> jax.Array:
+        """bool []: whether every state was right."""
+        return self.verdict == 0
+
+    def of_samples(self, x: jax.Array) -> jax.Array:
+        """x [B, ...], NaN in the parts that are not sound."""
+        sound, (batch, parts) = self.sound, self.sound.shape
+        if parts > 1:
+            sound = jnp.repeat(sound, x.shape[1] // parts, axis=1)
+        return nan_unless(sound.reshape(batch, *sound.shape[1 : x.ndim], *(1,) * (x.ndim - 2)), x)
+
+
+def nan_unless(is_right: jax.Array, tree: Any) -> Any:
+    """The arrays of a pytree, NaN where it does not hold; it broadcasts to them."""
+    return jax.tree.map(lambda x: jnp.where(is_right, x, jnp.asarray(jnp.nan, x.dtype)), tree)

@@ -1,6 +1,7 @@
 """audit: is the rebuild exact for this block, on this device, as compiled here?"""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.core import Tracer
 
 from bdia_jax._call import BlockFn, Operands, Static, prepare
 from bdia_jax.fixed_point import FixedPoint, quantize
+from bdia_jax.recurrence import Rounding
 from bdia_jax.scan import Seen, forward_scan, reverse_scan
 
 # A drift seen once may be larger on other data: suggest room for twice as much.
@@ -35,8 +37,10 @@ class Audit:
         max_drift: largest drift of a sound rebuild: `drift.max()`, measured again with
             as many guard bits as fit if the audited format was not exact; infinite if even that
             rebuild failed.
-        suggested_guard_bits: fewest guard bits with room for twice `max_drift`; 0 if there
-            was no drift at all, None if no number fits in 8 bits.
+        h_spacing: quanta between h and the next number of its dtype, where |h| is largest: what
+            one rounding of h that comes out different moves it by.
+        suggested_guard_bits: fewest guard bits with room for twice `max_drift`, and for one such
+            rounding if anything drifted; 0 if nothing did, None if no number fits in 8 bits.
     """
 
     fixed_point: FixedPoint
@@ -48,6 +52,7 @@ class Audit:
     x0_mismatches: int
     invalid: int
     max_drift: float
+    h_spacing: float
     suggested_guard_bits: int | None
 
     @property
@@ -143,6 +148,7 @@ def audit(
         sound = _run_probed(static._replace(fixed_point=widest), operands)
     failed = sound["mismatches"].any()
     max_drift = float("inf") if failed else float(sound["drift"].max(initial=0.0))
+    h_spacing = _h_spacing(static, float(seen["largest_h"].max(initial=0.0)))
     return Audit(
         fixed_point=fixed_point,
         elements=operands.x0.size,
@@ -153,16 +159,24 @@ def audit(
         x0_mismatches=int(x0_mismatches),
         invalid=int(seen["invalid"].sum()),
         max_drift=max_drift,
-        suggested_guard_bits=_suggest(max_drift, fixed_point),
+        h_spacing=h_spacing,
+        suggested_guard_bits=_suggest(max_drift, h_spacing, fixed_point),
     )
 
 
-def _suggest(max_drift: float, fixed_point: FixedPoint) -> int | None:
+def _h_spacing(static: Static, largest: float) -> float:
+    epsilon = max(branch.epsilon for branch in static.block.branches)
+    magnitude = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 0.0
+    return magnitude * epsilon * 2.0**static.fixed_point.frac_bits
+
+
+def _suggest(max_drift: float, h_spacing: float, fixed_point: FixedPoint) -> int | None:
     if max_drift == 0:
         return 0
+    one_rounding = (1 + 2.0**-fixed_point.gamma_bits) * h_spacing
     for guard_bits in range(1, 9 - fixed_point.gamma_bits):
         candidate = dataclasses.replace(fixed_point, guard_bits=guard_bits)
-        if candidate.drift_bound >= _SAFETY * max_drift:
+        if candidate.drift_bound >= max(_SAFETY * max_drift, one_rounding):
             return guard_bits
     return None
 
@@ -181,14 +195,17 @@ def forward_and_back(static: Static, operands: Operands, probe: bool):
     returned so that nothing training computes is optimized away.
     """
     fixed_point = static.fixed_point
-    keep_state = (lambda n_prev, rounding: (n_prev, rounding)) if probe else None
-    kept, states = forward_scan(static, operands, keep_state)
+
+    def keep_state(n_prev, h, rounding: Rounding):
+        return n_prev, jnp.max(jnp.abs(h)), rounding
+
+    kept, states = forward_scan(static, operands, keep_state if probe else None)
     aux_like = jax.eval_shape(lambda: forward_scan(static, operands)[1])
     ct_aux = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), aux_like.diff)
     ct_x = kept.n_last.astype(jnp.float32) * 2.0**-fixed_point.frac_bits
 
     def compare(states_k, rebuilt, seen: Seen):
-        n, rounding = states_k
+        n, largest_h, rounding = states_k
         moved = seen.rounding.q - rounding.q
         drift = jnp.abs(moved.astype(jnp.float32) + (seen.rounding.rest - rounding.rest))
         return {
@@ -196,6 +213,7 @@ def forward_and_back(static: Static, operands: Operands, probe: bool):
             "errors": jnp.max(jnp.abs(rebuilt.astype(jnp.float32) - n.astype(jnp.float32))),
             "corrections": jnp.sum(seen.correction != 0),
             "drift": jnp.max(jnp.where(jnp.isnan(drift), 0.0, drift)),
+            "largest_h": largest_h,
             "invalid": jnp.sum(n == jnp.int32(-(2**31))),
         }
 

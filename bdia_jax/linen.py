@@ -1,6 +1,7 @@
 """BDIAStack for Flax Linen: K copies of any user block, trained reversibly."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,7 @@ class BDIAStack(nn.Module):
         x: jax.Array,
         *consts: Any,
         at_least: int = 1,
+        draws: int = 3,
         rngs: Any = None,
         **block_kwargs: Any,
     ) -> tuple["BDIAStack", Audit]:
@@ -157,12 +159,15 @@ class BDIAStack(nn.Module):
         """
         check_trains(self, deterministic=bool(self.deterministic))
 
+        number = itertools.count()
+
         def audit_with(fixed_point):
-            stack = self.clone(fixed_point=fixed_point)
-            return stack.audit(variables, x, *consts, rngs=rngs, **block_kwargs)
+            stack, draw = self.clone(fixed_point=fixed_point), next(number)
+            keys = jax.tree.map(lambda key: jax.random.fold_in(key, draw), rngs)
+            return stack.audit(variables, x, *consts, rngs=keys, **block_kwargs)
 
         assert self.fixed_point is not None  # check_trains
-        found = choose_guard_bits(audit_with, self.fixed_point, at_least)
+        found = choose_guard_bits(audit_with, self.fixed_point, at_least, draws)
         return self.clone(fixed_point=found.fixed_point), found
 
     def _audited(self, x: jax.Array, consts: tuple[Any, ...], block_kwargs: dict[str, Any]):

@@ -201,18 +201,27 @@ class BDIAStack(Stack):
         return audit(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
 
     def choose_guard_bits(
-        self, x: jax.Array, *consts: Any, at_least: int = 1, rngs: nnx.Rngs | None = None
+        self,
+        x: jax.Array,
+        *consts: Any,
+        at_least: int = 1,
+        draws: int = 3,
+        rngs: nnx.Rngs | None = None,
     ) -> Audit:
-        """Sets `fixed_point.guard_bits` to what an audit suggests, and returns the audit of it.
+        """Sets `fixed_point.guard_bits` to what audits suggest, and returns the audit of it.
 
         Guard bits change what is kept and what is rebuilt, never a forward value, so they may be
-        chosen anew at any time, on another device for example.
+        chosen anew at any time, on another device for example. What is promised is that these
+        draws of gamma and dropout were exact, with room for twice the drift. Another batch may need
+        more: its gradient is then NaN (`verify`), never a wrong number.
 
         Args:
             x, consts, rngs: as in `audit`. Drift grows with the blocks' magnitude: take real inputs
                 and, if there are any, trained parameters.
             at_least: fewest guard bits to take. One is an insurance: that no rounding came out
-                different here does not promise it of the next batch.
+                different here does not promise it of the next batch. For several batches, call
+                with each in turn and with what was chosen before.
+            draws: of gamma and dropout that are audited, each compiled anew.
 
         Returns:
             An exact `Audit` with the number chosen, which is in `fixed_point`.
@@ -228,7 +237,7 @@ class BDIAStack(Stack):
             return self.audit(x, *consts, rngs=rngs)
 
         try:
-            found = choose_guard_bits(audit_with, before, at_least)
+            found = choose_guard_bits(audit_with, before, at_least, draws)
         except BaseException:
             self.fixed_point = before
             raise

@@ -16,7 +16,7 @@ from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
-from bdia_jax._verify import checksum, nan_unless
+from bdia_jax._verify import Proof, checksum, nan_unless
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
 
@@ -82,9 +82,9 @@ def bdia_scan(
             `jax.vmap(in_axes=)`. True asks for a leading axis of B, or of 1 for all samples. None:
             none of them, and an error where a leading axis of B leaves that open.
         verify: whether the backward pass of "reversible" proves each rebuilt state by a checksum,
-            4 bytes for every sample and block. A sample whose state is wrong gets NaN for it, so
-            that no gradient that depends on it is a number. A number n verifies n parts of axis 1
-            each: for a mesh that splits it over n devices, which need nothing of each other then.
+            4 bytes for every sample and block. Where one is wrong, the gradients that come from
+            it are NaN: of params of this block and those below, of consts, and of the sample's x0.
+            A number n verifies n parts of axis 1 each: for a mesh that splits it over n devices.
         failures: `jnp.zeros(K)`, to learn where that happened: its gradient is, for each block k,
             the number of samples (or parts) whose rebuilt x_k was wrong or came after a wrong one.
 
@@ -146,7 +146,7 @@ def forward_scan(
 ) -> tuple[Kept, Any]:
     """(what is kept, aux [K, ...]).
 
-    With `probe(n_prev, rounding)` its results, stacked, take the place of aux.
+    With `probe(n_prev, h, rounding)` its results, stacked, take the place of aux.
     """
     fixed_point, parts = static.fixed_point, static.verify
 
@@ -159,7 +159,7 @@ def forward_scan(
             return (n, plain_step(n, h, fixed_point)), (aux, None, None)
         n_next, side, rounding = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)
         if probe is not None:
-            aux = probe(n_prev, rounding)
+            aux = probe(n_prev, h, rounding)
         sums = checksum(n_prev, fixed_point.side_bits, parts) if parts else None
         return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits), sums)
 
@@ -172,15 +172,11 @@ def forward_scan(
 
 
 class Known(NamedTuple):
-    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k.
-
-    sound: bool [B, parts], whether n_k is proved to be the forward's; None if that is not asked.
-    """
+    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k."""
 
     gamma: jax.Array
     packed: jax.Array
     n: jax.Array
-    sound: Any
 
 
 class Around(NamedTuple):
@@ -223,9 +219,9 @@ def reverse_scan(
     batch, parts = kept.n_last.shape[0], static.verify
 
     def body(carry, inputs):
-        n, around, ct_consts, sound = carry
+        n, around, ct_consts, proof = carry
         params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
-        failed = None if operands.failures is None else ~sound
+        failed = None if operands.failures is None else ~proof.sound
         if static.block.batch_chunks > 1:
             gamma_k = jnp.broadcast_to(gamma_k, batch)
         around, ct_params_k, ct_consts, seen = over_batch_chunks(
@@ -233,29 +229,33 @@ def reverse_scan(
             functools.partial(_undo, static, ct_aux_k),
             params_k,
             operands.consts,
-            known=Known(gamma_k, packed_k, n, sound),
+            known=Known(gamma_k, packed_k, n),
             states=around,
             ct_consts=ct_consts,
             seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
         )
         looked = look and look(probe_inputs_k, around.n, seen)
         n_prev, ct_prev, ct_x = around
-        if parts:  # of the first block n_prev means nothing, and is not looked at
-            sound &= checksum(n_prev, static.fixed_point.side_bits, parts) == sums_k
-        carry = n_prev, Around(n, ct_x, ct_prev), ct_consts, sound
-        return carry, (ct_params_k, failed, looked)
+        if parts:
+            ct_params_k = nan_unless(proof.holds, ct_params_k)
+            sums = checksum(n_prev, static.fixed_point.side_bits, parts)
+            proof = proof.after((sums == sums_k) | (gamma_k == 0)[:, None])  # 0: nothing is undone
+        return (n_prev, Around(n, ct_x, ct_prev), ct_consts, proof), (ct_params_k, failed, looked)
 
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
-        jnp.ones((batch, parts), bool) if parts else None,
+        Proof.begin(batch, parts) if parts else None,
     )
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
-    _, before, ct_consts, _ = last
+    _, before, ct_consts, proof = last
+    ct_x0 = before.ct
+    if parts:
+        ct_x0, ct_consts = proof.of_samples(ct_x0), nan_unless(proof.holds, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
-    return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
+    return Cotangents(ct_params, ct_x0, ct_consts), failed, before.n, looked
 
 
 def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
@@ -265,12 +265,12 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
     (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
     (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
     """
-    n, u = known.n, nan_unless(known.sound, around.ct)
+    n, u = known.n, around.ct
     gamma = per_element(known.gamma, n)
     h, ct = value_and_vjp(
         static.block.branches,
         params=params_k,
-        x=nan_unless(known.sound, dequantize(n, static.fixed_point)),
+        x=dequantize(n, static.fixed_point),
         consts=consts,
         ct_h=(1.0 + gamma) * u,
         ct_aux=ct_aux_k,

@@ -176,7 +176,7 @@ def _prepare(block_fns, params, states, coefficients, consts, has_aux, backprop)
         return given.reshape(depth, len(block_fns), given.shape[1])
 
     prepared = [over_leaves(fn, params, x, consts, has_aux) for fn in block_fns]
-    blocks, aux_shapes = zip(*prepared, strict=True)
+    blocks, aux_shapes, _ = zip(*prepared, strict=True)
     operands = _Operands(
         params=partition(params)[0],
         states=(x_prev.astype(jnp.float32), x.astype(jnp.float32)),
