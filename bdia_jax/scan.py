@@ -16,7 +16,7 @@ from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
-from bdia_jax._verify import Proof, checksum, nan_unless
+from bdia_jax._verify import Proof, checksum, nan_unless, per_part
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
 
@@ -172,11 +172,15 @@ def forward_scan(
 
 
 class Known(NamedTuple):
-    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k."""
+    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k.
+
+    sound: bool [B, parts], whether n_k is proved to be the forward's; None if that is not asked.
+    """
 
     gamma: jax.Array
     packed: jax.Array
     n: jax.Array
+    sound: Any
 
 
 class Around(NamedTuple):
@@ -216,11 +220,13 @@ def reverse_scan(
         returned, stacked).
     """
     look, probe_inputs = probe or (None, None)
-    batch, parts = kept.n_last.shape[0], static.verify
+    batch, parts, side_bits = len(kept.n_last), static.verify, static.fixed_point.side_bits
 
     def body(carry, inputs):
         n, around, ct_consts, proof = carry
         params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
+        if parts:
+            proof = proof.after(checksum(n, side_bits, parts), next_sums=sums_k)
         failed = None if operands.failures is None else ~proof.sound
         if static.block.batch_chunks > 1:
             gamma_k = jnp.broadcast_to(gamma_k, batch)
@@ -229,7 +235,7 @@ def reverse_scan(
             functools.partial(_undo, static, ct_aux_k),
             params_k,
             operands.consts,
-            known=Known(gamma_k, packed_k, n),
+            known=Known(gamma_k, packed_k, n, proof.sound if parts else None),
             states=around,
             ct_consts=ct_consts,
             seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
@@ -238,24 +244,21 @@ def reverse_scan(
         n_prev, ct_prev, ct_x = around
         if parts:
             ct_params_k = nan_unless(proof.holds, ct_params_k)
-            sums = checksum(n_prev, static.fixed_point.side_bits, parts)
-            proof = proof.after((sums == sums_k) | (gamma_k == 0)[:, None])  # 0: nothing is undone
         return (n_prev, Around(n, ct_x, ct_prev), ct_consts, proof), (ct_params_k, failed, looked)
 
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
-        Proof.begin(batch, parts) if parts else None,
+        Proof.begin(checksum(kept.n_prev, side_bits, parts)) if parts else None,
     )
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
     _, before, ct_consts, proof = last
-    ct_x0 = before.ct
     if parts:
-        ct_x0, ct_consts = proof.of_samples(ct_x0), nan_unless(proof.holds, ct_consts)
+        ct_consts = nan_unless(proof.holds, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
-    return Cotangents(ct_params, ct_x0, ct_consts), failed, before.n, looked
+    return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
 
 
 def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
@@ -278,6 +281,8 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
     side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
     n_prev, *seen = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
     ct_x = around.ct_x + (1.0 - gamma) * u + ct.x
+    if known.sound is not None:
+        ct_x = nan_unless(per_part(known.sound, ct_x), ct_x)
     return Around(n_prev, gamma * u, ct_x), ct.params, ct.consts, Seen(*seen)
 
 
