@@ -18,7 +18,7 @@ def run(visit: Visit, closed: ClosedJaxpr, *args) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(var):
+    def read(var: Any):
         return jnp.asarray(var.val, var.aval.dtype) if isinstance(var, Literal) else env[var]
 
     for eqn in jaxpr.eqns:

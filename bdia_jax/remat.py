@@ -217,7 +217,7 @@ def _cotangent(aval) -> jax.Array:
 
 def _when(at: int, loops, wrong: np.ndarray) -> list[tuple[int, int]]:
     """Sorts values by when they first differ, in a loop by the iteration."""
-    backwards = [axis for axis, (_, reverse) in enumerate(loops) if reverse]
+    backwards = tuple(axis for axis, (_, reverse) in enumerate(loops) if reverse)
     wrong = np.flip(wrong, backwards)
     first = np.unravel_index(wrong.argmax(), wrong.shape) if wrong.any() else [0] * wrong.ndim
     starts = [start for start, _ in loops]
