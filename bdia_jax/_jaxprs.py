@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.source_info_util import register_exclusion
+
+register_exclusion(__file__)  # the line that JAX tells of an equation is the user's
 
 # (eqn, *inputs) -> its results
 Visit = Callable[..., Sequence[Any]]
@@ -18,8 +21,11 @@ def run(visit: Visit, closed: ClosedJaxpr, *args) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(var: Any):
-        return jnp.asarray(var.val, var.aval.dtype) if isinstance(var, Literal) else env[var]
+    def read(var):
+        if not isinstance(var, Literal):
+            return env[var]
+        aval: Any = var.aval
+        return jnp.asarray(var.val, aval.dtype)
 
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, visit(eqn, *map(read, eqn.invars)), strict=True))

@@ -40,6 +40,47 @@ _mark.def_abstract_eval(lambda x, **_: x)
 ad.primitive_jvps[_mark] = lambda primals, tangents, **at: (_mark.bind(*primals, **at), *tangents)
 mlir.register_lowering(_mark, lambda _, x, **at: [x])  # where nobody looks
 
+# An equation whose results are marked, from number `first` on. Marks after it would not do: many
+# a derivative, as that of exp, is made of the equation's own result.
+_marked = Primitive("marked")
+_marked.multiple_results = True
+_marked.def_abstract_eval(lambda *_, eqn, first: [var.aval for var in eqn.outvars])
+
+
+def _marked_jvp(primals, tangents, *, eqn, first):
+    """The equation's own rule, with its results marked where the rule has made them."""
+    moving = [at for at, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    zeros = []
+
+    def jvp(primals, moved):
+        all_tangents = list(tangents)
+        for at, tangent in zip(moving, moved, strict=True):
+            all_tangents[at] = tangent
+        with eqn.ctx.manager:
+            rule = ad.primitive_jvps[eqn.primitive]
+            results, changes = rule(primals, all_tangents, **eqn.params)
+        if not eqn.primitive.multiple_results:
+            results, changes = [results], [changes]
+        zeros[:] = [change if isinstance(change, ad.Zero) else None for change in changes]
+        return list(results), [change for change in changes if not isinstance(change, ad.Zero)]
+
+    closed = jax.make_jaxpr(jvp)(list(primals), [tangents[at] for at in moving])
+    count = len(eqn.outvars)
+    numbers = {id(var): first + at for at, var in enumerate(closed.jaxpr.outvars[:count])}
+
+    def visit(inner, *inputs):
+        return [
+            _mark.bind(value, at=numbers[id(var)]) if id(var) in numbers else value
+            for var, value in zip(inner.outvars, evaluate(inner, *inputs), strict=True)
+        ]
+
+    flat = run(visit, closed, *primals, *(tangents[at] for at in moving))
+    results, changes = flat[:count], iter(flat[count:])
+    return results, [next(changes) if zero is None else zero for zero in zeros]
+
+
+ad.primitive_jvps[_marked] = _marked_jvp
+
 
 # --- the programs --------------------------------------------------------------------
 
@@ -85,20 +126,21 @@ class Place(NamedTuple):
 def marking(places: list[Place], loops: tuple[tuple[int, bool], ...] = ()) -> Visit:
     """Marks the values that equations make by their numbers, and lists their places."""
 
-    def mark(eqn, value):
-        kind = jax.typeof(value)
-        name = f"{kind.dtype}{list(kind.shape)}"
-        places.append(Place(eqn.primitive.name, name, summarize(eqn.source_info), loops))
-        return _mark.bind(value, at=len(places) - 1)
-
     def visit(eqn, *inputs):
         if eqn.primitive.name == "scan":
             body = marking(places, (*loops, (len(places), eqn.params["reverse"])))
             return evaluate(enter(body, eqn), *inputs)
         if eqn.primitive.name in _ENTERED:
             return evaluate(enter(visit, eqn), *inputs)
-        results = evaluate(eqn, *inputs)
-        return results if eqn.primitive.name in _MOVES else [mark(eqn, each) for each in results]
+        if eqn.primitive.name in _MOVES:
+            return evaluate(eqn, *inputs)
+        first = len(places)
+        for kind in (var.aval for var in eqn.outvars):
+            name = f"{kind.dtype}{list(kind.shape)}"
+            places.append(Place(eqn.primitive.name, name, summarize(eqn.source_info), loops))
+        if eqn.primitive in ad.primitive_jvps:
+            return _marked.bind(*inputs, eqn=eqn, first=first)
+        return [_mark.bind(x, at=first + at) for at, x in enumerate(evaluate(eqn, *inputs))]
 
     return visit
 
@@ -112,13 +154,14 @@ def look(closed: ClosedJaxpr, again: bool, *args) -> tuple[list[Any], Seen]:
 
     def visit(eqn, *inputs):
         name, params = eqn.primitive.name, eqn.params
-        if eqn.primitive is _mark:
-            (value,) = inputs
-            is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-            seen.setdefault((params["at"], again), []).append(
-                jax.random.key_data(value) if is_key else value
-            )
-            return inputs
+        if eqn.primitive in (_mark, _marked):
+            is_one = eqn.primitive is _mark
+            results = inputs if is_one else evaluate(params["eqn"], *inputs)
+            for at, value in enumerate(results, params["at"] if is_one else params["first"]):
+                is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+                value = jax.random.key_data(value) if is_key else value
+                seen.setdefault((at, again), []).append(value)
+            return results
         if name in _CALLS:
             called = params[_CALLS[name]]
             called = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
+from jax.extend.source_info_util import register_exclusion
 
 from bdia_jax._jaxprs import equations, run
 from bdia_jax._recompute import Place, gradient, look, marking, pairs, without_checkpoint
+
+register_exclusion(__file__)  # the line that JAX tells of an equation is the user's
 
 
 class Recomputed(NamedTuple):
     """An array that the backward pass recomputes.
 
-    primitive: that makes it, such as "exp"; type: such as "bfloat16[8, 64]"; source: file, line
-    and function; mismatches: elements whose bits differ from the forward's, of `elements`;
+    primitive: that makes it, such as "exp"; type: such as "bfloat16[8, 64]", in a loop that of one
+    iteration; source: file, line and function (of a jitted function, as many of jnp are, where it
+    was traced first); mismatches: elements whose bits differ from the forward's, of `elements`;
     max_error: the largest |recomputed - forward|.
     """
 
@@ -74,9 +78,14 @@ class RematAudit:
             )
         elif self.gradient_mismatches:
             first = " where they are looked at"
+        seen = (
+            f"{wrong} of {total} recomputed elements "
+            f"differ in {len(self.differing)} of {len(self.recomputed)} arrays{first}"
+            if self.recomputed
+            else "no recomputed value can be looked at"
+        )
         return (
-            f"{'exact' if self.exact else 'NOT EXACT'}: {wrong} of {total} recomputed elements "
-            f"differ in {len(self.differing)} of {len(self.recomputed)} arrays{first}; "
+            f"{'exact' if self.exact else 'NOT EXACT'}: {seen}; "
             f"{self.gradient_mismatches} of {self.gradient_elements} gradient elements differ from "
             f"those without jax.checkpoint by up to {self.gradient_max_error:.3g}; "
             f"{self.disturbed} differ by being looked at"

@@ -59,7 +59,7 @@ def test_with_pinned_rounding_no_gradient_differs():
 
 
 def test_a_difference_of_the_gradients_alone_is_not_exact():
-    audit = audit_remat(jax.checkpoint(jnp.sin), X)
+    audit = audit_remat(jax.checkpoint(jnp.tanh), X)
     assert audit.exact, audit
     only = dataclasses.replace(audit, gradient_mismatches=1)
     assert not only.exact and not only.differing and "where they are looked at" in str(only)
@@ -132,14 +132,25 @@ def test_a_sound_function_is_exact_and_something_was_compared(name):
     assert {each.primitive for each in audit.recomputed} >= {"mul"}
 
 
+def test_a_result_that_its_own_derivative_needs_is_seen():
+    for fn in (jnp.exp, jnp.tanh, jax.nn.softmax):
+        audit = audit_remat(fn, jnp.abs(X))
+        assert audit.exact and audit.recomputed, (fn, audit)
+
+
+def test_nothing_to_look_at_is_said():
+    audit = audit_remat(jax.checkpoint(jnp.sin), X)  # its derivative needs x alone
+    assert audit.exact and "no recomputed value can be looked at" in str(audit)
+
+
 def test_what_is_saved_is_not_recomputed():
-    layer = lambda x: jnp.sin(checkpoint_name(jnp.exp(x), "kept"))  # noqa: E731
+    layer = lambda x: jnp.sin(checkpoint_name(x @ x.T, "kept"))  # noqa: E731
     saving = jax.checkpoint_policies.save_only_these_names("kept")
     primitives = [
         {each.primitive for each in audit_remat(jax.checkpoint(layer, policy=p), X).recomputed}
         for p in (None, saving)
     ]
-    assert "exp" in primitives[0] and "exp" not in primitives[1]
+    assert "dot_general" in primitives[0] and "dot_general" not in primitives[1]
 
 
 def test_dropout_integers_and_several_arguments():
