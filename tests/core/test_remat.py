@@ -13,6 +13,8 @@ from toy import bits
 
 from bdia_jax import audit_remat, pin_rounding
 
+full = partial(pytest.param, marks=pytest.mark.full)
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
 HALF = jnp.asarray(np.random.default_rng(0).uniform(size=1024), jnp.bfloat16)
 
@@ -110,10 +112,11 @@ CONSTRUCTS = {
     "nested": nested,
     "none": lambda layer: layer,  # audited as under jax.checkpoint
 }
+NAMES = [name if name in ("none", "scan") else full(name) for name in CONSTRUCTS]
 
 
 @pytest.mark.claim("audit_remat looks into loops, branches and jit")
-@pytest.mark.parametrize("name", CONSTRUCTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_value_that_comes_out_otherwise_is_seen(name):
     audit = audit_remat(CONSTRUCTS[name](drifts), jnp.abs(X))
     assert not audit.exact
@@ -124,7 +127,7 @@ def test_a_value_that_comes_out_otherwise_is_seen(name):
 
 
 @pytest.mark.control("audit_remat looks into loops, branches and jit")
-@pytest.mark.parametrize("name", CONSTRUCTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sound_function_is_exact_and_something_was_compared(name):
     audit = audit_remat(CONSTRUCTS[name](sound), jnp.abs(X))
     assert audit.exact and audit.gradient_elements == X.size, audit
@@ -132,6 +135,7 @@ def test_a_sound_function_is_exact_and_something_was_compared(name):
     assert {each.primitive for each in audit.recomputed} >= {"mul"}
 
 
+@pytest.mark.full
 def test_a_result_that_its_own_derivative_needs_is_seen():
     for fn in (jnp.exp, jnp.tanh, jax.nn.softmax):
         audit = audit_remat(fn, jnp.abs(X))
@@ -143,6 +147,7 @@ def test_nothing_to_look_at_is_said():
     assert audit.exact and "no recomputed value can be looked at" in str(audit)
 
 
+@pytest.mark.full
 def test_what_is_saved_is_not_recomputed():
     layer = lambda x: jnp.sin(checkpoint_name(x @ x.T, "kept"))  # noqa: E731
     saving = jax.checkpoint_policies.save_only_these_names("kept")
@@ -153,6 +158,7 @@ def test_what_is_saved_is_not_recomputed():
     assert "dot_general" in primitives[0] and "dot_general" not in primitives[1]
 
 
+@pytest.mark.full
 def test_dropout_integers_and_several_arguments():
     def loss(params, x, key, labels):
         @jax.checkpoint
@@ -240,8 +246,8 @@ def test_routing_at_a_tie_flips_in_the_recomputation(tokens):
     "loss",
     [
         pytest.param(pin_rounding(moe(by_values)), id="pinned"),
-        pytest.param(moe(by_choice, SAVED), id="saved"),
-        pytest.param(decided_outside, id="outside"),
+        full(moe(by_choice, SAVED), id="saved"),
+        full(decided_outside, id="outside"),
     ],
 )
 def test_what_keeps_a_token_where_it_was(loss, tokens, request):
@@ -250,12 +256,14 @@ def test_what_keeps_a_token_where_it_was(loss, tokens, request):
     assert audit.exact == ("pinned" in request.node.name), audit
 
 
+@pytest.mark.full
 def test_a_choice_saved_beside_values_that_are_not_contradicts_them(tokens):
     """The expert is the forward's, its weight that of the one that would now be chosen."""
     audit = audit_remat(moe(by_values, SAVED), *tokens)
     assert "top_k" in {each.primitive for each in audit.differing}
 
 
+@pytest.mark.full
 def test_ties_of_the_same_bits_are_broken_alike():
     x = jnp.asarray(np.random.default_rng(6).integers(0, 3, (TOKENS, EXPERTS)), jnp.float32)
     audit = audit_remat(moe(by_values), jnp.arange(1.0, EXPERTS + 1), x, x)
