@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from bdia_jax._checks import check_chunks, check_per_sample
-from bdia_jax._rounding import has_half_precision, pin_rounding
+from bdia_jax.rounding import has_half_precision, pin_rounding
 
 PyTree = Any
 

@@ -108,7 +108,7 @@ class BDIAStack(Stack):
     LayerNorm takes its statistics in float32 and returns dtype. State is never cast; a BatchNorm
     of NNX that names no dtype thus returns the float32 of its statistics.
     A block that ends in bfloat16 returns h in steps of 2^-6 at magnitude 4, eight quanta: one
-    rounding that comes out different is more than a guard bit absorbs. `bdia_jax._rounding` makes
+    rounding that comes out different is more than a guard bit absorbs. `pin_rounding` makes
     every one come out the same on a CPU; elsewhere `choose_guard_bits` measures what is needed.
 
     Example:

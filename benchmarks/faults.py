@@ -45,7 +45,7 @@ _off_in_backward.defvjp(_off_fwd, lambda off, _, ct: (ct,))
 
 
 def unpinned() -> AbstractContextManager:
-    """While programs are traced: bfloat16 without `bdia_jax._rounding`.
+    """While programs are traced: bfloat16 without `bdia_jax.pin_rounding`.
 
     XLA then keeps float32 between two fused bfloat16 operations where it can, and not in the same
     places forward and backward.

@@ -132,7 +132,7 @@ def _gradient(setting: Setting, *, rng_seed: int, verify: bool) -> Callable[[np.
         x0 = jax.device_put(x0, split)
     block = partial(_block, jnp.dtype(setting.dtype))
     fns = (*(block,) * (setting.branches - 1), _drifting(block))
-    options = setting.options | ({} if verify else {"verify": False})
+    options: dict[str, Any] = setting.options | ({} if verify else {"verify": False})
 
     def loss(floats, x0, eps):
         x_last = bdia_scan(

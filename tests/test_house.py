@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module may import its own layer, as long as there is no circle, and those below.
 LIBRARY = [
-    ["fixed_point"],
-    ["recurrence", "_checks", "_rounding", "_verify"],
+    ["fixed_point", "_jaxprs"],
+    ["recurrence", "_checks", "rounding", "_recompute", "_verify"],
     ["_block", "_parts", "_autodiff", "_call"],
     ["scan", "memory", "losses", "optim"],
-    ["audit"],
+    ["audit", "remat"],
     ["_flax", "_stack", "sharding"],
     ["nnx", "linen"],
     ["", "baselines", "models"],

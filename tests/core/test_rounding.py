@@ -1,14 +1,17 @@
 """Half-precision blocks round where they say, so that both passes compute the same bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from toy import assert_same_bits
 
 import bdia_jax as bdia
-from bdia_jax._rounding import has_half_precision, pin_rounding
 from bdia_jax.models.blocks import PreNormBlock
+from bdia_jax.rounding import has_half_precision, pin_rounding
 
 
 @jax.custom_vjp
@@ -35,6 +38,23 @@ def dropped(x):
     return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x / 0.3, 0)
 
 
+def twice(x):
+    inner = jax.checkpoint(lambda x: jnp.sin(x) * x)
+    return jax.checkpoint(lambda x: inner(inner(x) + x))(x)
+
+
+def gradient_inside(x):
+    """Of a loop under checkpoint: JAX makes it a closed call."""
+    energy = jax.checkpoint(lambda x: scanned(x).astype(jnp.float32).sum())
+    return jax.grad(energy)(x)
+
+
+def mapped(x):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    return jax.shard_map(lambda x: jnp.tanh(x) * x, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
 FUNCTIONS = {
     "arithmetic": lambda x: (x * x + x / 3) * jnp.bfloat16(0.7) - x,
     "gelu": jax.nn.gelu,
@@ -44,6 +64,9 @@ FUNCTIONS = {
     "jit": jax.jit(lambda x: jnp.tanh(x) * x),
     "checkpoint": jax.checkpoint(lambda x: jnp.sin(x) * x),
     "custom_vjp": halve,
+    "nested": twice,
+    "gradient": gradient_inside,
+    "shard_map": mapped,
     "loop": loop,
     "scan": scanned,
     "cond": branched,
@@ -94,6 +117,18 @@ def test_compiled_value_is_the_one_rounded_at_every_step():
     assert (np.asarray(jax.jit(pin_rounding(fn))(x)) == step_by_step).all()
     assert "reduce_precision" in jax.jit(pin_rounding(fn)).lower(x).as_text()
     assert "reduce_precision" not in jax.jit(fn).lower(x).as_text()
+
+
+def test_arguments_go_by_name_and_static_ones_are_bound():
+    def fn(x, how, *, scale, key):
+        noise = jax.random.uniform(key, x.shape, x.dtype)
+        return {"y": (x * scale["s"] + noise) if how == "up" else x}
+
+    x, key = jnp.ones((3, 5), jnp.bfloat16) / 3, jax.random.key(0)
+    scale = {"s": jnp.bfloat16(1.3)}
+    pinned = jax.jit(pin_rounding(functools.partial(fn, how="up")))
+    assert_same_bits(pinned(x, key=key, scale=scale)["y"], fn(x, "up", key=key, scale=scale)["y"])
+    assert pin_rounding(fn).__name__ == "fn"
 
 
 def test_finds_half_precision_at_any_depth():

@@ -1,0 +1,115 @@
+"""pin_rounding: makes a bfloat16 or float16 function round where its program says it rounds.
+
+XLA may keep a bfloat16 intermediate in float32 when it fuses its neighbours
+(`xla_allow_excess_precision`, on by default), and it fuses the forward pass and the backward
+pass differently. What `jax.checkpoint` evaluates again then differs from what it was, by more than
+guard bits can absorb. `lax.reduce_precision` is a rounding that XLA must keep.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr
+from jax.extend.source_info_util import register_exclusion
+
+from bdia_jax._jaxprs import enter, equations, evaluate, run
+
+register_exclusion(__file__)  # the line that JAX tells of an equation is the user's
+
+# dtype -> (exponent bits, mantissa bits)
+_FORMATS = {jnp.dtype(jnp.bfloat16): (8, 7), jnp.dtype(jnp.float16): (5, 10)}
+
+# These move values that are rounded already.
+_MOVES = frozenset(
+    {"broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice"}
+    | {"expand_dims", "gather", "name", "optimization_barrier", "reshape", "rev", "select_n"}
+    | {"slice", "squeeze", "stop_gradient", "transpose"}
+)
+
+# Others that hold a jaxpr are left as they are inside: kernels, whose arguments are no arrays,
+# and what has a derivative rule of its own, which computes the value anew, out of our sight.
+_ENTERED = frozenset({"jit", "closed_call", "remat2", "scan", "while", "cond"})
+
+
+def pin_rounding(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn, rounding to bfloat16 or float16 wherever its program says so, however it is compiled.
+
+    By default XLA may leave such a rounding out between operations that it fuses. What is
+    evaluated twice, as under `jax.checkpoint`, then differs: near a tie a token is routed to
+    another expert, and gradients are those of other activations. The function returned rounds
+    every bfloat16 and float16 intermediate explicitly, also in its derivatives. float32 is left
+    alone, and nothing more is kept. `audit_remat` says whether it was enough.
+
+    `jit`, `jax.checkpoint`, `scan`, loops and conditionals inside fn are entered. Functions with a
+    derivative rule of their own (`jax.custom_jvp`, `jax.custom_vjp`), kernels and `shard_map` are
+    not: their results are rounded, what is inside stays XLA's business. Pin the whole loss rather
+    than the function under `jax.checkpoint`: the value that enters it has to be rounded too.
+
+    Args:
+        fn: any function of arrays that JAX can trace. A method of an NNX module updates no
+            state; pin a function of its split state.
+
+    Returns:
+        A function of the same values and types. It takes pytrees of arrays, by position or by
+        name; what is static (a flag, a string) is bound first, with `functools.partial` or a
+        lambda. Transform it as you like: jit, grad, vmap, checkpoint. It traces fn at each call, so
+        call it under `jax.jit`.
+
+    Raises:
+        ValueError: when called with an argument that is no array, named with its value.
+
+    Example:
+        >>> x = jnp.linspace(0, 1, 64, dtype=jnp.bfloat16)
+        >>> fn = lambda x: (x * 3).astype(jnp.float32) + 1  # x * 3 is bfloat16
+        >>> step_by_step = fn(x)
+        >>> bool((jax.jit(pin_rounding(fn))(x) == step_by_step).all())
+        True
+    """
+
+    @wraps(fn)
+    def pinned(*args, **kwargs):
+        for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+            _check(leaf, path)
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+        flat = run(_pin, closed, *jax.tree.leaves((args, kwargs)))
+        return jax.tree.unflatten(jax.tree.structure(out_shape), flat)
+
+    return pinned
+
+
+def has_half_precision(jaxpr: Jaxpr) -> bool:
+    """Whether any value in jaxpr, at any depth, is bfloat16 or float16."""
+    return any(
+        getattr(var.aval, "dtype", None) in _FORMATS
+        for eqn in equations(jaxpr)
+        for var in eqn.outvars
+    )
+
+
+def _check(leaf, path):
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        where = ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])
+        raise ValueError(
+            f"{where} is {leaf!r} of type {type(leaf).__name__}, which is not an array; bind "
+            "static values first: pin_rounding(functools.partial(fn, name=value))"
+        ) from None
+
+
+def _pin(eqn, *inputs):
+    name = eqn.primitive.name
+    results = evaluate(enter(_pin, eqn) if name in _ENTERED else eqn, *inputs)
+    return results if name in _MOVES else [_round(result) for result in results]
+
+
+def _round(value):
+    bits = _FORMATS.get(getattr(value, "dtype", None))  # pyright: ignore[reportArgumentType]
+    if bits is None:
+        return value
+    # through float32: a reduction to the operand's own format would be dropped as a no-op
+    wide = jax.lax.convert_element_type(value, jnp.float32)
+    return jax.lax.convert_element_type(jax.lax.reduce_precision(wide, *bits), value.dtype)
