@@ -246,11 +246,12 @@ def reverse_scan(
             ct_params_k = nan_unless(proof.holds, ct_params_k)
         return (n_prev, Around(n, ct_x, ct_prev), ct_consts, proof), (ct_params_k, failed, looked)
 
+    proof: Any = Proof.begin(checksum(kept.n_prev, side_bits, parts)) if parts else None
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
-        Proof.begin(checksum(kept.n_prev, side_bits, parts)) if parts else None,
+        proof,
     )
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
@@ -279,11 +280,11 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
         ct_aux=ct_aux_k,
     )
     side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
-    n_prev, *seen = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
+    n_prev, correction, rounding = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
     ct_x = around.ct_x + (1.0 - gamma) * u + ct.x
     if known.sound is not None:
         ct_x = nan_unless(per_part(known.sound, ct_x), ct_x)
-    return Around(n_prev, gamma * u, ct_x), ct.params, ct.consts, Seen(*seen)
+    return Around(n_prev, gamma * u, ct_x), ct.params, ct.consts, Seen(correction, rounding)
 
 
 # --- the two as one function with a derivative ----------------------------------------

@@ -119,8 +119,8 @@ class Soak:
         whole = {"batch_chunks": 1, "token_chunks": 1, "per_sample": None}
         options = {"fixed_point": self.setting.fixed_point, "backprop": "reversible"}
         options |= {"has_aux": True} | whole | self.chunks
-        call = prepare(self.block_fn, params, x0, gamma, (), **options)
-        return forward_and_back(call.static, call.operands, probe)
+        static, operands = prepare(self.block_fn, params, x0, gamma, (), **options)
+        return forward_and_back(static, operands, probe)
 
 
 compiled = cache(Soak)
