@@ -5,7 +5,7 @@ has another checksum, the cotangents that come from it are NaN: all of block k's
 those below, of consts, and of x_0 of that sample. Those of the blocks above are right and stay.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,33 +39,9 @@ def _weights(size: int, axis: int) -> np.ndarray:
     return np.random.default_rng(axis).integers(2**31, size=size, dtype=np.uint32) * 2 + 1
 
 
-class Proof(NamedTuple):
-    """What is known, in the backward pass, of the states rebuilt so far.
-
-    sound: bool [B, parts], whether each was the forward's. verdict: float32 [], 0 if all were, else
-    NaN; a sum, so that devices add it up as they do gradients. next_sums: uint32 [B, parts], the
-    checksum of the state that comes next.
-    """
-
-    sound: jax.Array
-    verdict: jax.Array
-    next_sums: jax.Array
-
-    @classmethod
-    def begin(cls, next_sums: jax.Array) -> "Proof":
-        """Of no state yet."""
-        return cls(jnp.ones(next_sums.shape, bool), jnp.zeros([], jnp.float32), next_sums)
-
-    def after(self, sums: jax.Array, next_sums: jax.Array) -> "Proof":
-        """When one more is rebuilt, of these checksums."""
-        sound = self.sound & (sums == self.next_sums)
-        verdict = jnp.sum(jnp.where(sound, 0.0, jnp.nan), dtype=jnp.float32)
-        return Proof(sound, verdict, next_sums)
-
-    @property
-    def holds(self) -> jax.Array:
-        """bool []: whether every state was right."""
-        return self.verdict == 0
+def zero_or_nan(sound: jax.Array) -> jax.Array:
+    """float32 []: 0 if all is sound, else NaN. A sum, so that devices add it up with gradients."""
+    return jnp.sum(jnp.where(sound, 0.0, jnp.nan), dtype=jnp.float32)
 
 
 def per_part(sound: jax.Array, x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
-from bdia_jax._verify import Proof, checksum, nan_unless, per_part
+from bdia_jax._verify import checksum, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
 
@@ -174,25 +174,27 @@ def forward_scan(
 class Known(NamedTuple):
     """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k.
 
-    sound: bool [B, parts], whether n_k is proved to be the forward's; None if that is not asked.
+    sums: uint32 [B, parts], the checksums that n_k has to have; None if that is not asked.
     """
 
     gamma: jax.Array
     packed: jax.Array
     n: jax.Array
-    sound: Any
+    sums: Any
 
 
 class Around(NamedTuple):
     """What stands around x_k while block k is undone, overwritten in place.
 
     n: n_{k+1}, then n_{k-1}. ct: the cotangent of that state: whole, then what is known of it.
-    ct_x: the cotangent of x_k: what is known of it, then whole.
+    ct_x: the cotangent of x_k: what is known of it, then whole. sound: bool [B, parts], whether all
+    states above n_k were the forward's, then with n_k; None if that is not asked.
     """
 
     n: jax.Array
     ct: jax.Array
     ct_x: jax.Array
+    sound: Any
 
 
 class Seen(NamedTuple):
@@ -223,11 +225,8 @@ def reverse_scan(
     batch, parts, side_bits = len(kept.n_last), static.verify, static.fixed_point.side_bits
 
     def body(carry, inputs):
-        n, around, ct_consts, proof = carry
+        n, around, ct_consts, sums, _ = carry
         params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
-        if parts:
-            proof = proof.after(checksum(n, side_bits, parts), next_sums=sums_k)
-        failed = None if operands.failures is None else ~proof.sound
         if static.block.batch_chunks > 1:
             gamma_k = jnp.broadcast_to(gamma_k, batch)
         around, ct_params_k, ct_consts, seen = over_batch_chunks(
@@ -235,29 +234,37 @@ def reverse_scan(
             functools.partial(_undo, static, ct_aux_k),
             params_k,
             operands.consts,
-            known=Known(gamma_k, packed_k, n, proof.sound if parts else None),
+            known=Known(gamma_k, packed_k, n, sums),
             states=around,
             ct_consts=ct_consts,
             seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
         )
         looked = look and look(probe_inputs_k, around.n, seen)
-        n_prev, ct_prev, ct_x = around
+        n_prev, ct_prev, ct_x, sound = around
+        verdict = None
         if parts:
-            ct_params_k = nan_unless(proof.holds, ct_params_k)
-        return (n_prev, Around(n, ct_x, ct_prev), ct_consts, proof), (ct_params_k, failed, looked)
+            verdict = zero_or_nan(sound)
+            ct_params_k = nan_unless(verdict == 0, ct_params_k)
+        failed = None if operands.failures is None else ~sound
+        around = Around(n, ct_x, ct_prev, sound)
+        return (n_prev, around, ct_consts, sums_k, verdict), (ct_params_k, failed, looked)
 
-    proof: Any = Proof.begin(checksum(kept.n_prev, side_bits, parts)) if parts else None
+    sums = sound = verdict = None
+    if parts:
+        sums, sound = checksum(kept.n_prev, side_bits, parts), jnp.ones((batch, parts), bool)
+        verdict = jnp.zeros([], jnp.float32)
     init = (
         kept.n_prev,
-        Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last)),
+        Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last), sound),
         jax.tree.map(jnp.zeros_like, operands.consts.diff),
-        proof,
+        sums,
+        verdict,
     )
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
-    _, before, ct_consts, proof = last
+    _, before, ct_consts, _, verdict = last
     if parts:
-        ct_consts = nan_unless(proof.holds, ct_consts)
+        ct_consts = nan_unless(verdict == 0, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
     return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
 
@@ -281,10 +288,12 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
     )
     side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
     n_prev, correction, rounding = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
-    ct_x = around.ct_x + (1.0 - gamma) * u + ct.x
-    if known.sound is not None:
-        ct_x = nan_unless(per_part(known.sound, ct_x), ct_x)
-    return Around(n_prev, gamma * u, ct_x), ct.params, ct.consts, Seen(correction, rounding)
+    ct_x, sound = around.ct_x + (1.0 - gamma) * u + ct.x, None
+    if static.verify:
+        sums = checksum(n, static.fixed_point.side_bits, static.verify)
+        sound = around.sound & (sums == known.sums)
+        ct_x = nan_unless(per_part(sound, ct_x), ct_x)
+    return Around(n_prev, gamma * u, ct_x, sound), ct.params, ct.consts, Seen(correction, rounding)
 
 
 # --- the two as one function with a derivative ----------------------------------------
