@@ -239,6 +239,8 @@ def reverse_scan(
             ct_consts=ct_consts,
             seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
         )
+        if parts and static.block.batch_chunks > 1:  # else XLA holds n twice on a GPU
+            n, around = jax.lax.optimization_barrier((n, around))
         looked = look and look(probe_inputs_k, around.n, seen)
         n_prev, ct_prev, ct_x, sound = around
         verdict = None
