@@ -205,7 +205,7 @@ def test_off_there_is_nothing_of_it_in_the_program():
 
     def is_verified(**options):
         loss = lambda w: jnp.sum(bdia_scan(tanh_block, params | {"w": w}, x0, gamma, **options))  # noqa: E731
-        return f"{0x9E3779B1}" in jax.jit(jax.grad(loss)).lower(params["w"]).as_text()
+        return "ui32" in jax.jit(jax.grad(loss)).lower(params["w"]).as_text()
 
     assert is_verified() and not is_verified(verify=False)
     assert not is_verified(backprop="remat")
