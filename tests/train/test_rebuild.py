@@ -86,11 +86,19 @@ def runs(tmp_path, data_dir, monkeypatch):
     return run
 
 
+def distance(path, other):
+    """The largest difference of two last states: other guard bits are another program, whose
+    gradients XLA may round differently."""
+    pairs = zip(saved_bits(path, STEPS), saved_bits(other, STEPS), strict=True)
+    as_floats = ([np.array(each, np.uint32).view(np.float32) for each in pair] for pair in pairs)
+    return max(float(np.abs(a - b).max()) for a, b in as_floats)
+
+
 @pytest.mark.claim("a run mends itself")
 @pytest.mark.control("a run mends itself")
 def test_a_run_whose_rebuild_fails_ends_as_one_with_enough_guard_bits(runs, capsys):
     mended, enough = runs("mended", 5.0), runs("enough", 5.0, guard_bits=6)
-    assert saved_bits(mended, STEPS) == saved_bits(enough, STEPS)
+    assert distance(mended, enough) < 1e-6
     (record,) = (r for r in read_records(mended) if r["kind"] == "rebuild")
     assert (record["step"], record["guard_bits"]) == (FROM, 5) and record["max_drift"] > 5
     said = (
@@ -100,19 +108,19 @@ def test_a_run_whose_rebuild_fails_ends_as_one_with_enough_guard_bits(runs, caps
     assert not [r for r in read_records(enough) if r["kind"] == "rebuild"]
     assert json.loads((mended / "config.json").read_text())["guard_bits"] == 1
     # a control: the seed decides how a run ends
-    assert saved_bits(runs("other", 5.0, seed=1), STEPS) != saved_bits(enough, STEPS)
+    assert distance(runs("other", 5.0, seed=1), enough) > 1e-2
 
 
 def test_steps_left_out_for_not_being_finite_are_another_matter(runs):
     mended = runs("mended", 5.0, non_finite="skip")
-    assert saved_bits(mended, STEPS) == saved_bits(runs("enough", 5.0, guard_bits=6), STEPS)
+    assert distance(mended, runs("enough", 5.0, guard_bits=6)) < 1e-6
     assert sum(r.get("skipped", 0) for r in read_records(mended)) == 0
 
 
 def test_seeds_side_by_side_are_mended_together(runs):
     seeds = {"num_seeds": 2}
     mended, enough = runs("mended", 5.0, **seeds), runs("enough", 5.0, guard_bits=6, **seeds)
-    assert saved_bits(mended, STEPS) == saved_bits(enough, STEPS)
+    assert distance(mended, enough) < 1e-6
 
 
 def test_a_resumed_run_keeps_what_was_learned(runs, monkeypatch):
