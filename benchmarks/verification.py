@@ -181,8 +181,8 @@ def main(argv: list[str]) -> dict:
         settings, trials = settings[:1], 20
     each = -(-trials // len(settings))
     results: dict[str, Any] = {"settings": {}}
-    for setting in settings:
-        row = results["settings"][setting.name] = run(setting, each)
+    for seed, setting in enumerate(settings):
+        row = results["settings"][setting.name] = run(setting, each, seed)
         print(f"{setting.name:45s} {row}", flush=True)
     rows = results["settings"].values()
     results["total"] = {
