@@ -236,8 +236,8 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     path, data_dir = download(tmp_path, "cifar10"), tmp_path / "new" / "tfds"
     original = cifar10._generate_examples
 
-    def disk_full(self, examples):
-        for count, example in enumerate(original(self, examples)):
+    def disk_full(self, split, examples):
+        for count, example in enumerate(original(self, split, examples)):
             if count == 3:
                 assert list(data_dir.rglob("*incomplete*"))  # it was really writing
                 raise OSError("No space left on device")
