@@ -51,6 +51,27 @@ def per_part(sound: jax.Array, x: jax.Array) -> jax.Array:
     return sound.reshape(len(x), *sound.shape[1 : x.ndim], *(1,) * (x.ndim - 2))
 
 
-def nan_unless(is_right: jax.Array, tree: Any) -> Any:
-    """The arrays of a pytree, NaN where it does not hold; it broadcasts to them."""
-    return jax.tree.map(lambda x: jnp.where(is_right, x, jnp.asarray(jnp.nan, x.dtype)), tree)
+def nan_unless(is_right: jax.Array, x: jax.Array) -> jax.Array:
+    """x, NaN where it does not hold; it broadcasts to x."""
+    return jnp.where(is_right, x, jnp.asarray(jnp.nan, x.dtype))
+
+
+def nan_by(verdict: jax.Array, tree: Any) -> Any:
+    """The arrays of a pytree, all NaN if `zero_or_nan` said so.
+
+    Inside `jax.shard_map` an array that is the same on all devices takes the verdict of all.
+    """
+
+    def judged(x):
+        own = _varying(verdict) - _varying(x)
+        everybodys = jax.lax.psum(verdict, tuple(own)) if own else verdict
+        return nan_unless(everybodys == 0, x)
+
+    return jax.tree.map(judged, tree)
+
+
+def _varying(x: jax.Array) -> frozenset:
+    """Axes of an enclosing `jax.shard_map` along which x differs from device to device."""
+    aval = jax.typeof(x)
+    axes = getattr(aval, "manual_axis_type", None)  # called vma before
+    return axes.varying if axes is not None else getattr(aval, "vma", frozenset())

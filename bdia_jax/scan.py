@@ -16,7 +16,7 @@ from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
-from bdia_jax._verify import checksum, nan_unless, per_part, zero_or_nan
+from bdia_jax._verify import checksum, nan_by, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
 
@@ -246,15 +246,16 @@ def reverse_scan(
         verdict = None
         if parts:
             verdict = zero_or_nan(sound)
-            ct_params_k = nan_unless(verdict == 0, ct_params_k)
+            ct_params_k = nan_by(verdict, ct_params_k)
         failed = None if operands.failures is None else ~sound
         around = Around(n, ct_x, ct_prev, sound)
         return (n_prev, around, ct_consts, sums_k, verdict), (ct_params_k, failed, looked)
 
-    sums = sound = verdict = None
+    sums, sound, verdict = None, None, None
     if parts:
-        sums, sound = checksum(kept.n_prev, side_bits, parts), jnp.ones((batch, parts), bool)
-        verdict = jnp.zeros([], jnp.float32)
+        sums = checksum(kept.n_prev, side_bits, parts)
+        sound = sums == sums  # true, and of their type inside `jax.shard_map`
+        verdict = zero_or_nan(sound)
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last), sound),
@@ -265,8 +266,8 @@ def reverse_scan(
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
     last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
     _, before, ct_consts, _, verdict = last
-    if parts:
-        ct_consts = nan_unless(verdict == 0, ct_consts)
+    if verdict is not None:
+        ct_consts = nan_by(verdict, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
     return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
 

@@ -340,3 +340,30 @@ def test_on_a_mesh(how):
         assert innocent(found, right) == 0
         failures += not np.isfinite(found[1]).all()
     assert 2 < failures < 12
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.claim("no wrong gradient is finite")
+def test_in_shard_map_as_it_is_by_default_all_devices_share_the_verdict():
+    """With check_vma the gradient of what all devices share is summed inside."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    params, x0, gamma = case()
+    whole, over, rows = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+
+    def loss(w, x0, gamma, eps):
+        block = perturb(per_token), params | {"w": w, "eps": eps}
+        return jnp.sum(jnp.sin(bdia_scan(*block, x0, gamma)))
+
+    def gradient(w, x0, gamma, eps):
+        return jax.grad(loss, (0, 1))(w, x0, gamma, eps)
+
+    specs = {"in_specs": (whole, over, rows, rows), "out_specs": (whole, over)}
+    fn = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))
+    eps = np.zeros((DEPTH, 4, 1, 1), np.float32)
+    found = fn(params["w"], x0, gamma, eps)
+    for ours, alone in zip(found, jax.jit(gradient)(params["w"], x0, gamma, eps), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-5)
+    eps[3, 1] = 50 * BOUND  # one sample, so one device
+    ct_w, ct_x0 = fn(params["w"], x0, gamma, eps)
+    assert np.isnan(ct_w[:3]).all() and np.isfinite(ct_w[3:]).all()
+    np.testing.assert_array_equal(np.isnan(ct_x0).any((1, 2)), np.arange(4) == 1)
