@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from toy import bits, make_case, perturb, tanh_block
+from toy import bits, make_case, perturb, relative_error, tanh_block
 from toy_models import drifting, drifting_stack
 
 import bdia_jax.linen
@@ -245,6 +245,39 @@ def test_a_bad_traced_gamma_makes_the_gradient_nan_and_a_good_one_does_not(backp
     bad = [gamma.at[0].set(0.5), gamma.at[2, 1].set(jnp.nan)]
     for each in bad + [gamma.at[3].set(0.3)] * (backprop == "reversible"):
         assert all(np.isnan(a).all() for a in run(x0, each))
+
+
+def normed(x):
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.claim("no wrong gradient is finite")
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_massive_activations_are_right_or_nan_and_the_audit_has_the_remedy(size):
+    """h reaches `size` and cancels in the next block; at 1e4 its last bit is half a quantum."""
+    w = jax.random.normal(jax.random.key(1), (12, 32, 32)) / 32**0.5
+    x0 = jax.random.normal(jax.random.key(2), (4, 8, 32))
+    gamma = bdia_jax.sample_gamma(jax.random.key(3), 12, 4)
+    params = w, jnp.where(jnp.arange(12) % 2 == 0, size, -size)
+
+    def block(params, x):
+        w, amplitude = params
+        return jnp.tanh(normed(x) @ w) * amplitude
+
+    def gradient(**options):
+        def loss(w):
+            return jnp.mean(normed(bdia_scan(block, (w, params[1]), x0, gamma, **options)) ** 3)
+
+        return np.asarray(jax.jit(jax.grad(loss))(w))
+
+    expected = gradient(backprop="store")
+    found = gradient()
+    assert np.isnan(found[0]).all() or relative_error(found, expected) < 1e-4
+    audit = bdia_jax.audit(block, params, x0, gamma)
+    assert audit.exact == bool(np.isfinite(found).all()) and audit.suggested_guard_bits is not None
+    enough = FixedPoint(guard_bits=max(1, audit.suggested_guard_bits))
+    assert relative_error(gradient(fixed_point=enough), expected) < 1e-4
 
 
 # --- the stacks ----------------------------------------------------------------------
