@@ -144,9 +144,13 @@ def drifts(seed, count):
     return size * (rng.random((count, DEPTH)) < 0.3)
 
 
+FULL = pytest.mark.full
+SOME = ["whole", *(pytest.param(way, marks=FULL) for way in WAYS if way not in ("whole", "parts"))]
+
+
 @pytest.mark.claim("no wrong gradient is finite")
-@pytest.mark.parametrize("block", [tanh_block, relu_block])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block", [pytest.param(tanh_block, marks=FULL), relu_block])
+@pytest.mark.parametrize("way", [*SOME, pytest.param("parts", marks=FULL)])
 def test_a_gradient_of_a_wrong_state_is_nan(way, block):
     fn = gradient_fn(block, way)
     right, none = trial(fn, np.zeros(DEPTH))
@@ -163,7 +167,7 @@ def test_a_gradient_of_a_wrong_state_is_nan(way, block):
 
 
 @pytest.mark.control("no wrong gradient is finite")
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "parts"])
+@pytest.mark.parametrize("way", SOME)
 def test_without_verification_many_are(way):
     fn = gradient_fn(tanh_block, way, verify=False)
     right, _ = trial(fn, np.zeros(DEPTH))
@@ -191,6 +195,7 @@ def test_other_samples_and_the_blocks_above_keep_their_gradients():
         assert (bits(leaf[3:]) == bits(right[0][name])[3:]).all()
 
 
+@pytest.mark.full
 def test_under_vmap_each_seed_fails_alone():
     params, x0, gamma = case()
     eps = jnp.zeros((3, DEPTH)).at[1, 3].set(50 * BOUND)
@@ -231,7 +236,9 @@ def test_refused(options, message):
 
 @pytest.mark.claim("a bad gamma has no gradient")
 @pytest.mark.control("a bad gamma has no gradient")
-@pytest.mark.parametrize("backprop", ["reversible", "store", "remat"])
+@pytest.mark.parametrize(
+    "backprop", ["reversible", *(pytest.param(each, marks=FULL) for each in ("store", "remat"))]
+)
 def test_a_bad_traced_gamma_makes_the_gradient_nan_and_a_good_one_does_not(backprop):
     params, x0, gamma = case()
 
@@ -284,7 +291,7 @@ def test_massive_activations_are_right_or_nan_and_the_audit_has_the_remedy(size)
 
 
 @pytest.mark.claim("no wrong gradient is finite")
-@pytest.mark.parametrize("make", [drifting_stack, BDIAStack])
+@pytest.mark.parametrize("make", [drifting_stack, pytest.param(BDIAStack, marks=FULL)])
 def test_a_stack_tells_where_its_rebuild_failed(make):
     stack = make(lambda rngs: nnx.Linear(4, 4, rngs=rngs), 5, rngs=nnx.Rngs(0))
     stack.failures = RebuildFailures(jnp.zeros(5))
@@ -308,6 +315,7 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.claim("no wrong gradient is finite")
+@pytest.mark.full
 @pytest.mark.parametrize("block", [Drifting(), nn.Dense(4)])
 def test_so_does_linens(block):
     stack = bdia_jax.linen.BDIAStack(block, 5, deterministic=False)
@@ -334,6 +342,7 @@ def test_a_stack_that_does_not_verify_lets_wrong_ones_out():
 # --- many devices --------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("how", ["data", "sequence", "shard_map"])
 def test_on_a_mesh(how):
@@ -375,6 +384,7 @@ def test_on_a_mesh(how):
     assert 2 < failures < 12
 
 
+@pytest.mark.full
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.claim("no wrong gradient is finite")
 def test_in_shard_map_as_it_is_by_default_all_devices_share_the_verdict():

@@ -277,7 +277,8 @@ def test_reversible_gradients_equal_stored_ones(name, options, stack_options):
 
 @pytest.mark.control("gradients equal store's")
 def test_control_a_block_that_drifts_has_other_gradients():
-    actual, expected = (gradient(small("gpt2", s), TOKENS) for s in (drifting_stack, STORE))
+    unverified = partial(drifting_stack, verify=False)
+    actual, expected = (gradient(small("gpt2", s), TOKENS) for s in (unverified, STORE))
     error = relative_error(actual["embedding"][...], expected["embedding"][...])
     assert error > 1e-3
 

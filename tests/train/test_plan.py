@@ -43,8 +43,9 @@ def _plan(mesh=None, backprop="reversible", **sizes):
 def test_rows_are_what_arithmetic_says():
     plan, remat = _plan(), _plan(backprop="remat")
     elements = 8 * 128 * 64
-    assert plan.kept == 4 * elements * 2 // 8  # two bits in each of 4 blocks
-    assert remat.kept == 4 * elements * 4
+    row = 4 * 4 * 8  # bytes, for 4 blocks and 8 samples: of gamma, of checksums
+    assert plan.kept == 4 * elements * 2 // 8 + 2 * row  # two bits in each of 4 blocks
+    assert remat.kept == 4 * elements * 4 + row
     assert plan.states == 4 * elements * 4  # two states, two cotangents
     assert plan.optimizer == 2 * plan.parameters + 8  # Adam's, and two counts
     assert plan.parameters == remat.parameters
@@ -62,7 +63,7 @@ def test_each_axis_divides_what_it_splits():
         two = _plan(mesh)
         # vectors stay whole, and with tensor the embeddings
         assert (two.parameters < 0.8 * one.parameters) == divides_parameters, mesh
-        assert (2 * two.kept == one.kept) == divides_kept, mesh
+        assert (2 * two.kept < 1.01 * one.kept) == divides_kept, mesh
         assert (2 * two.states == one.states) == divides_kept, mesh
         assert two.block < one.block, mesh
 
