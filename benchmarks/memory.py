@@ -64,14 +64,16 @@ def slope(sizes: dict[str, int]) -> float:
 
 
 def side_bytes(name: str, shape: Shape) -> dict[str, int]:
-    """What a block of a reversible BDIA stack has to keep: packed bits, and gamma [B] float32."""
+    """What a block of a reversible BDIA stack keeps: packed bits; gamma and checksums, [B] each."""
     made = nnx.eval_shape(lambda: stack.make_stack(shape, 1, VARIANTS[name]))
     if not isinstance(made, BDIAStack) or made.backprop != "reversible":
         return {}
     assert made.fixed_point is not None
     elements = shape.batch * shape.tokens * shape.width
     packed = elements * made.fixed_point.side_bits // 8
-    return {"packed_bytes_per_block": packed, "gamma_bytes_per_block": 4 * shape.batch}
+    rows = {"gamma": 4 * shape.batch, "checksum": 4 * shape.batch * made.verify}
+    named = {f"{name}_bytes_per_block": count for name, count in rows.items()}
+    return {"packed_bytes_per_block": packed} | named
 
 
 def draw(results: dict, shape: Shape, length_shape: Shape, length_depth: int, path: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_deep_stack_costs_its_packed_bits_and_learns(toy):
     assert document["config"]["depths"] == [32, 64]
     row = document["results"]["stack"]["bdia_guard1"]
     assert row["packed_bytes_per_block"] == 16 * 5 * 32 * 2 // 8
-    kept = row["packed_bytes_per_block"] + row["gamma_bytes_per_block"]
+    kept = sum(row[f"{name}_bytes_per_block"] for name in ("packed", "gamma", "checksum"))
     assert row["bytes_per_block"] == kept
     losses = document["results"]["scaled"]["loss"]
     assert len(losses) == 25 and np.isfinite(losses).all()

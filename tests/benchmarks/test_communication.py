@@ -19,7 +19,10 @@ def test_no_state_or_side_bit_is_sent_and_as_many_bytes_as_with_remat():
     mesh = make_mesh(fsdp=2, sequence=2)
     row, remat = (count(TOY, VARIANTS[name], mesh) for name in ("reversible", "remat"))
     assert row["integers"] == []
-    assert row["bytes"] == remat["bytes"]
+    more = {kind: sent - remat["bytes"][kind] for kind, sent in row["bytes"].items()}
+    # a number beside the gradients of each block: whether the rebuilt states were right
+    assert 0 < more.pop("all-reduce") == more.pop("total") <= 8 * TOY.depth
+    assert row["bytes"].keys() == remat["bytes"].keys() and not any(more.values())
     # of parameters, of keys and values: of a quarter of the examples, forward and backward
     assert row["bytes_in_scans"]["all-gather"] >= TOY.depth * 2 * 2 * STATES / 4
     assert row["bytes"]["all-reduce"] > 4 * TOY.depth * 4 * TOY.width**2 / 2

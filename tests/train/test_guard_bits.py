@@ -36,7 +36,7 @@ def finds(guard_bits, calls):
         calls.append((x.shape, [leaf.shape for leaf in jax.tree.leaves(consts)]))
         one = np.zeros(1)
         found = FixedPoint(guard_bits=guard_bits(stack))
-        return Audit(found, x.size, one, one, one, one, 0, 0, 0.75, found.guard_bits)
+        return Audit(found, x.size, one, one, one, one, 0, 0, 0.75, 0.0, found.guard_bits)
 
     return choose
 

@@ -46,7 +46,8 @@ def test_rows_are_what_arithmetic_says():
     row = 4 * 4 * 8  # bytes, for 4 blocks and 8 samples: of gamma, of checksums
     assert plan.kept == 4 * elements * 2 // 8 + 2 * row  # two bits in each of 4 blocks
     assert remat.kept == 4 * elements * 4 + row
-    assert plan.states == 4 * elements * 4  # two states, two cotangents
+    # two states, two cotangents; and of each sample whether it is sound, and a checksum
+    assert 4 * elements * 4 < plan.states <= 4 * elements * 4 + 8 * 8
     assert plan.optimizer == 2 * plan.parameters + 8  # Adam's, and two counts
     assert plan.parameters == remat.parameters
     assert plan.gradients <= plan.parameters
@@ -64,7 +65,7 @@ def test_each_axis_divides_what_it_splits():
         # vectors stay whole, and with tensor the embeddings
         assert (two.parameters < 0.8 * one.parameters) == divides_parameters, mesh
         assert (2 * two.kept < 1.01 * one.kept) == divides_kept, mesh
-        assert (2 * two.states == one.states) == divides_kept, mesh
+        assert (2 * two.states < 1.01 * one.states) == divides_kept, mesh
         assert two.block < one.block, mesh
 
 
