@@ -16,9 +16,9 @@ def checksum(n: jax.Array, side_bits: int, parts: int) -> jax.Array:
     """Of every sample, or of each of `parts` equal parts of its axis 1.
 
     The sum of n >> side_bits (the bits below are kept, and cannot be wrong), each times an odd
-    number, modulo 2^32. So one wrong element always changes it. The number is a product of one for
-    each axis, as if drawn at random: no array of their size is needed, and of errors in several
-    elements about one in 10^8 goes unnoticed.
+    number, modulo 2^32. So one wrong element always changes it; several go unnoticed only if what
+    they change it by adds up to 0. The number is a product of one for each axis, as if drawn at
+    random, so that no array of their size is needed.
 
     Args:
         n: int32 [B, ...]; with parts > 1, which divides T, [B, T, ...].

@@ -25,8 +25,8 @@ class FixedPoint:
             trains with 9 and also tries 5, 0 and -2.
         guard_bits: g, extra bits per activation that absorb a difference between the
             forward's and the backward's evaluation of a block. The rebuild is exact
-            while that difference stays below `drift_bound` quanta. 0 is the paper's
-            format: exact only if no rounding flips.
+            while the value before rounding moves by less than `drift_bound` quanta. 0 is
+            the paper's format: exact only if no rounding flips.
         gamma_bits: p in gamma = +-2^-p; 1 is the paper's +-1/2 (eq. 20), 2 is +-1/4
             (Remark 2), 3 is +-1/8.
 

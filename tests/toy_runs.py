@@ -8,6 +8,7 @@ from flax import nnx
 from toy import bits
 
 from configs import vit_digits
+from train.loop import train as training
 from train.loop.log import read_records
 from train.tasks import open_config
 from train.tasks.task import Task
@@ -53,6 +54,19 @@ def points(config=None):
 
     groups = tuple(({"x": x[part], "y": y[part]},) for part in (slice(64), slice(64, 80)))
     return Task(*groups, Linear, metrics, "points", prepare, finish)
+
+
+def guard_bits_built(monkeypatch):
+    """A list of the guard bits of the model of every program that `train` makes from now on."""
+    built, make = [], training.make_program
+
+    def record(config, task):
+        program = make(config, task)
+        built.append(program.abstract.stack.fixed_point.guard_bits)
+        return program
+
+    monkeypatch.setattr(training, "make_program", record)
+    return built
 
 
 def saved_bits(workdir, step):

@@ -17,6 +17,7 @@ from toy import (
 
 import bdia_jax as bdia
 from bdia_jax import FixedPoint
+from bdia_jax.audit import _suggest
 
 full = functools.partial(pytest.param, marks=pytest.mark.full)
 
@@ -165,3 +166,19 @@ def test_the_perturbed_block_is_undisturbed_outside_differentiation():
     params["eps"] = jnp.full(4, 0.1)
     fp = FixedPoint(guard_bits=0)
     assert not np.any(round_trip_mismatches(perturb(tanh_block), params, x0, gamma, fp))
+
+
+@pytest.mark.parametrize(
+    ("max_drift", "h_spacing", "guard_bits"),
+    [(0.0, 4.0, 0), (0.001, 0.001, 1), (0.001, 4.0, 4), (10.0, 0.0, 6), (100.0, 0.0, None)],
+)
+def test_room_for_twice_the_drift_and_for_one_rounding_of_h(max_drift, h_spacing, guard_bits):
+    """(1 + |gamma|) 4 quanta are within the bound of four guard bits, 7.5, not of three, 3.5."""
+    assert _suggest(max_drift, h_spacing, FixedPoint()) == guard_bits
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_spacing_of_h_is_that_of_its_dtype_at_its_largest(dtype):
+    block = lambda params, x: jnp.clip(x, -0.75, 0.75).astype(dtype)  # noqa: E731
+    found = bdia.audit(block, *make_case(3, (4, 8)))
+    assert found.h_spacing == 0.5 * float(jnp.finfo(dtype).eps) * 2**9

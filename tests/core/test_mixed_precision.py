@@ -13,7 +13,8 @@ from toy import assert_grads_close, relative_error
 from toy_models import BF16, filled
 
 from bdia_jax import FixedPoint, linen, lora
-from bdia_jax._flax import cast_floats
+from bdia_jax._flax import cast_floats, choose_guard_bits
+from bdia_jax.audit import Audit
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack
@@ -258,6 +259,28 @@ def test_the_chosen_number_is_exact_and_the_one_before_was_not(monkeypatch):
     assert before.fixed_point.guard_bits == 1 and not before.exact  # that bears half a quantum
     assert found is after and after.exact and 1 < after.max_drift < 1.5
     assert stack.fixed_point == after.fixed_point == FixedPoint(guard_bits=3)
+
+
+def found_with(guard_bits, max_drift):
+    """A function that audits: each draw suggests the next of guard_bits."""
+    suggestions = iter(guard_bits)
+    none = np.zeros(1)
+
+    def audit_with(fixed_point):
+        suggested = next(suggestions)
+        return Audit(fixed_point, 1, none, none, none, none, 0, 0, max_drift, 0.0, suggested)
+
+    return audit_with
+
+
+def test_the_draw_that_asks_for_most_decides():
+    audit_with = found_with([1, 4, 2, 4], 0.1)
+    chosen = choose_guard_bits(audit_with, FixedPoint(), at_least=1, draws=3)
+    assert chosen.fixed_point.guard_bits == 4
+    with pytest.raises(ValueError, match="no number of guard bits"):
+        choose_guard_bits(found_with([1, None, 2], 9.0), FixedPoint(), at_least=1, draws=3)
+    with pytest.raises(ValueError, match="draws is 0"):
+        choose_guard_bits(found_with([], 0.0), FixedPoint(), at_least=1, draws=0)
 
 
 @pytest.mark.parametrize(("at_least", "chosen"), [(1, 1), (0, 0)])

@@ -100,6 +100,8 @@ def value_of(rounding):
     return np.float64(rounding.q) + np.float64(rounding.rest)
 
 
+@pytest.mark.claim("what is rounded is exact")
+@pytest.mark.control("what is rounded is exact")
 @pytest.mark.parametrize("sizes", [(20, 2), (26, 8), (29, 20), (2, 29)], ids=str)
 @pytest.mark.parametrize("gamma_bits", [1, 3])
 def test_what_is_rounded_is_exact_at_every_magnitude(gamma_bits, sizes):
@@ -118,6 +120,9 @@ def test_what_is_rounded_is_exact_at_every_magnitude(gamma_bits, sizes):
     sure = ~near_tie | is_tie
     np.testing.assert_array_equal(np.asarray(rounding.q)[sure], np.rint(exact)[sure])
     assert is_tie.sum() > 500 and sure.mean() > 0.99
+    # the control: the same sum in float32, which is off by a whole quantum where n or h is large
+    in_floats = jax.jit(mix)(n.astype(np.float32), quanta, gamma)
+    assert (np.abs(in_floats - exact).max() > 0.9) == (max(sizes) > 24)
 
 
 def test_the_first_block_is_the_plain_step_and_forgets_n_prev():

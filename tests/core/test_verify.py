@@ -1,7 +1,6 @@
 """No gradient that depends on a wrongly rebuilt state is a number, and who failed is told."""
 
 import functools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from toy import bits, make_case, perturb, relative_error, tanh_block
 from toy_models import drifting, drifting_stack
 
@@ -75,47 +74,16 @@ def test_states_of_any_rank(shape):
 # --- the gradient --------------------------------------------------------------------
 
 
-def relu_block(params, x):
-    """Where a unit is off its derivative is 0, whatever comes from above."""
-    return jnp.maximum(tanh_block(params, x) - 0.2, 0.0) * 0.5
-
-
-def half_of(params, x):
-    return 0.5 * tanh_block(params, x)
-
-
-WAYS = {
-    "whole": {},
-    "batch_chunks": {"batch_chunks": 2},
-    "token_chunks": {"token_chunks": 2},
-    "branches": {"branches": True},
-    "remat of a branch": {"branches": True, "batch_chunks": 2},
-    "parts": {"verify": 4},
-}
-
-
-def per_token(params, x):
-    """A block that treats tokens alike."""
-    return jnp.tanh(x @ params["w"][: x.shape[-1], : x.shape[-1]] * 3 + params["b"])
-
-
-def gradient_fn(block, way, *, verify=True, mesh=None):
+def gradient_fn():
     """jitted (params with eps, x0, gamma) -> (gradients of w, b and x0, of failures)."""
-    options = dict(WAYS[way])
-    fn = perturb(per_token if way == "token_chunks" else block)
-    if options.pop("branches", False):
-        fn = (half_of, fn)  # of the last one the value comes with the vjp
-    options = {"verify": verify} | options
 
     def loss(floats, x0, failures, params, gamma):
-        out = bdia_scan(fn, params | floats, x0, gamma, failures=failures, **options)
+        out = bdia_scan(perturb(tanh_block), params | floats, x0, gamma, failures=failures)
         return jnp.sum(jnp.sin(out))
 
     def gradients(params, x0, gamma):
-        failures = jnp.zeros(DEPTH) if verify else None
         floats = {name: params[name] for name in ("w", "b")}
-        grad = jax.grad(loss, (0, 1, 2) if verify else (0, 1))
-        *found, failed = *grad(floats, x0, failures, params, gamma), *([] if verify else [None])
+        *found, failed = jax.grad(loss, (0, 1, 2))(floats, x0, jnp.zeros(DEPTH), params, gamma)
         return found, failed
 
     return jax.jit(gradients)
@@ -126,63 +94,20 @@ def case():
     return make_case(DEPTH, SHAPE)
 
 
-def trial(fn, eps, x0=None):
+def trial(fn, eps):
     params, x, gamma = case()
-    return fn(params | {"eps": jnp.asarray(eps, jnp.float32)}, x if x0 is None else x0, gamma)
-
-
-def innocent(found, right) -> int:
-    """Leaves that are wrong, and all of them numbers."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True)
-    return sum(bool(np.isfinite(a).all() and (bits(a) != bits(b)).any()) for a, b in pairs)
-
-
-def drifts(seed, count):
-    """[count, K]: the drift of h in some blocks, 0.1 to 100 bounds."""
-    rng = np.random.default_rng(seed)
-    size = BOUND * 10.0 ** rng.uniform(-1, 2, size=(count, DEPTH))
-    return size * (rng.random((count, DEPTH)) < 0.3)
-
-
-FULL = pytest.mark.full
-SOME = ["whole", *(pytest.param(way, marks=FULL) for way in WAYS if way not in ("whole", "parts"))]
-
-
-@pytest.mark.claim("no wrong gradient is finite")
-@pytest.mark.parametrize("block", [pytest.param(tanh_block, marks=FULL), relu_block])
-@pytest.mark.parametrize("way", [*SOME, pytest.param("parts", marks=FULL)])
-def test_a_gradient_of_a_wrong_state_is_nan(way, block):
-    fn = gradient_fn(block, way)
-    right, none = trial(fn, np.zeros(DEPTH))
-    assert np.isfinite(np.concatenate([np.ravel(a) for a in jax.tree.leaves(right)])).all()
-    assert not np.asarray(none).any()
-    failures = 0
-    for eps in drifts(0, 40):
-        found, failed = trial(fn, eps)
-        assert innocent(found, right) == 0
-        is_nan = not np.isfinite(found[1]).all()
-        assert is_nan == bool(np.asarray(failed).any())
-        failures += is_nan
-    assert 10 < failures < 38
-
-
-@pytest.mark.control("no wrong gradient is finite")
-@pytest.mark.parametrize("way", SOME)
-def test_without_verification_many_are(way):
-    fn = gradient_fn(tanh_block, way, verify=False)
-    right, _ = trial(fn, np.zeros(DEPTH))
-    assert sum(innocent(trial(fn, eps)[0], right) > 0 for eps in drifts(0, 40)) > 10
+    return fn(params | {"eps": jnp.asarray(eps, jnp.float32)}, x, gamma)
 
 
 def test_the_block_and_the_number_of_samples_are_told():
-    fn = gradient_fn(tanh_block, "whole")
+    fn = gradient_fn()
     _, failed = trial(fn, np.where(np.arange(DEPTH) == 4, 50 * BOUND, 0.0))
     # undoing block 4 rebuilds x_3; what comes after a wrong one is wrong
     np.testing.assert_array_equal(failed, [4, 4, 4, 4, 0, 0])
 
 
 def test_other_samples_and_the_blocks_above_keep_their_gradients():
-    fn = gradient_fn(tanh_block, "whole")
+    fn = gradient_fn()
     right, _ = trial(fn, np.zeros((DEPTH, 4, 1, 1)))
     eps = np.zeros((DEPTH, 4, 1, 1))
     eps[3, 1] = 50 * BOUND  # undoing block 3 of sample 1 rebuilds its x_2
@@ -199,7 +124,7 @@ def test_other_samples_and_the_blocks_above_keep_their_gradients():
 def test_under_vmap_each_seed_fails_alone():
     params, x0, gamma = case()
     eps = jnp.zeros((3, DEPTH)).at[1, 3].set(50 * BOUND)
-    fn = jax.vmap(lambda eps: gradient_fn(tanh_block, "whole")(params | {"eps": eps}, x0, gamma))
+    fn = jax.vmap(lambda eps: gradient_fn()(params | {"eps": eps}, x0, gamma))
     found, failed = fn(eps)
     assert np.asarray(failed).any(1).tolist() == [False, True, False]
     assert [bool(np.isfinite(leaf).all()) for leaf in found[1]] == [True, False, True]
@@ -237,7 +162,8 @@ def test_refused(options, message):
 @pytest.mark.claim("a bad gamma has no gradient")
 @pytest.mark.control("a bad gamma has no gradient")
 @pytest.mark.parametrize(
-    "backprop", ["reversible", *(pytest.param(each, marks=FULL) for each in ("store", "remat"))]
+    "backprop",
+    ["reversible", *(pytest.param(each, marks=pytest.mark.full) for each in ("store", "remat"))],
 )
 def test_a_bad_traced_gamma_makes_the_gradient_nan_and_a_good_one_does_not(backprop):
     params, x0, gamma = case()
@@ -291,7 +217,7 @@ def test_massive_activations_are_right_or_nan_and_the_audit_has_the_remedy(size)
 
 
 @pytest.mark.claim("no wrong gradient is finite")
-@pytest.mark.parametrize("make", [drifting_stack, pytest.param(BDIAStack, marks=FULL)])
+@pytest.mark.parametrize("make", [drifting_stack, pytest.param(BDIAStack, marks=pytest.mark.full)])
 def test_a_stack_tells_where_its_rebuild_failed(make):
     stack = make(lambda rngs: nnx.Linear(4, 4, rngs=rngs), 5, rngs=nnx.Rngs(0))
     stack.failures = RebuildFailures(jnp.zeros(5))
@@ -336,52 +262,12 @@ def test_a_stack_that_does_not_verify_lets_wrong_ones_out():
         stack = drifting_stack(make_block, 5, rngs=nnx.Rngs(0), **options)
         return nnx.grad(lambda s: jnp.sum(s(jnp.ones((3, 4)), rngs=nnx.Rngs(1)) ** 2))(stack)
 
-    assert innocent(gradient(verify=False), gradient(backprop="store")) > 0
+    wrong, right = (gradient(**options) for options in ({"verify": False}, {"backprop": "store"}))
+    kernels = (grads["blocks"]["block"]["kernel"][...] for grads in (wrong, right))
+    assert relative_error(*kernels) > 1e-3  # a NaN is not
 
 
 # --- many devices --------------------------------------------------------------------
-
-
-@pytest.mark.full
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("how", ["data", "sequence", "shard_map"])
-def test_on_a_mesh(how):
-    axes = {"data": ("data", None), "sequence": (None, "data"), "shard_map": ("data", None)}[how]
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    split = NamedSharding(mesh, PartitionSpec(*axes))
-    block = per_token
-    params, x0, gamma = case()
-
-    verify = 4 if how == "sequence" else True
-
-    def loss(w, x0, gamma, eps):
-        case = perturb(block), params | {"w": w, "eps": eps}, x0, gamma
-        return jnp.sum(jnp.sin(bdia_scan(*case, verify=verify)))
-
-    def gradient(w, x0, gamma, eps):
-        return jax.grad(loss, (0, 1))(w, x0, gamma, eps)
-
-    if how == "shard_map":
-
-        def local(w, x0, gamma, eps):
-            ct_w, ct_x = gradient(w, x0, gamma, eps)
-            return jax.lax.psum(ct_w, "data"), ct_x
-
-        whole, over = PartitionSpec(), PartitionSpec("data")
-        specs = {"in_specs": (whole, over, PartitionSpec(None, "data"), whole)}
-        specs |= {"out_specs": (whole, over), "check_vma": False}
-        gradient_of = jax.jit(jax.shard_map(local, mesh=mesh, **specs))
-    else:
-        gradient_of = jax.jit(gradient)
-    run = partial(gradient_of, params["w"], jax.device_put(x0, split), gamma)
-    right = run(jnp.zeros(DEPTH))
-    assert all(np.isfinite(a).all() for a in right)
-    failures = 0
-    for eps in drifts(3, 12):
-        found = run(jnp.asarray(eps, jnp.float32))
-        assert innocent(found, right) == 0
-        failures += not np.isfinite(found[1]).all()
-    assert 2 < failures < 12
 
 
 @pytest.mark.full
@@ -394,7 +280,7 @@ def test_in_shard_map_as_it_is_by_default_all_devices_share_the_verdict():
     whole, over, rows = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
 
     def loss(w, x0, gamma, eps):
-        block = perturb(per_token), params | {"w": w, "eps": eps}
+        block = perturb(tanh_block), params | {"w": w, "eps": eps}
         return jnp.sum(jnp.sin(bdia_scan(*block, x0, gamma)))
 
     def gradient(w, x0, gamma, eps):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from toy_models import filled
+from toy_runs import guard_bits_built
 
 from bdia_jax import FixedPoint
 from bdia_jax.audit import Audit
@@ -42,16 +43,8 @@ def finds(guard_bits, calls):
 
 
 def test_the_program_is_compiled_with_the_number_chosen(data_dir, tmp_path, monkeypatch, capsys):
-    calls, built = [], []
+    calls, built = [], guard_bits_built(monkeypatch)
     monkeypatch.setattr(BDIAStack, "choose_guard_bits", finds(lambda _: 2, calls))
-    make = training.make_program
-
-    def record(config, task):
-        program = make(config, task)
-        built.append(program.abstract.stack.fixed_point.guard_bits)
-        return program
-
-    monkeypatch.setattr(training, "make_program", record)
     config = make_config(vit_digits, data_dir, model={"dropout_rate": 0.0})
     training.train(config, str(tmp_path))
     assert calls == [((32, 17, 16), [])] and built == [1, 2]

@@ -8,29 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy_runs import points, saved_bits, tiny
+from toy_models import drifting
+from toy_runs import guard_bits_built, points, saved_bits, tiny
 
 from train.loop import train as training
 from train.loop.log import read_records
 from train.loop.program import make_program
+from train.loop.rebuild import Failure
 from train.loop.train import train
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 STEPS, FROM = 12, 7  # the blocks drift from this step on
-
-
-@jax.custom_vjp
-def moved(h, size):
-    """h, off by size in the backward pass."""
-    del size
-    return h
-
-
-def _moved_bwd(size, ct):
-    return ct, jnp.zeros_like(size)
-
-
-moved.defvjp(lambda h, size: (h + size, size), _moved_bwd)
 
 
 class Drifting(nnx.Module):
@@ -43,7 +31,7 @@ class Drifting(nnx.Module):
     def __call__(self, x):
         size = jnp.where(self.calls[...] >= FROM, self.quanta * 2.0**-9, 0.0)
         self.calls[...] += 1
-        return moved(jnp.tanh(self.dense(x)), size)
+        return drifting(jnp.tanh(self.dense(x)), size)
 
 
 def drifting_task(quanta):
@@ -125,22 +113,19 @@ def test_seeds_side_by_side_are_mended_together(runs):
 
 def test_a_resumed_run_keeps_what_was_learned(runs, monkeypatch):
     path = runs("mended", 5.0)
-    for step in (STEPS,):
-        (path / "checkpoints" / str(step)).rename(path / "gone")
+    (path / "checkpoints" / str(STEPS)).rename(path / "gone")
     records = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (path / "metrics.jsonl").write_text("".join(r for r in records if '"final"' not in r))
-    built = []
-    make = training.make_program
-
-    def record(config, task):
-        program = make(config, task)
-        built.append(program.abstract.stack.fixed_point.guard_bits)
-        return program
-
-    monkeypatch.setattr(training, "make_program", record)
+    built = guard_bits_built(monkeypatch)
     runs("mended", 5.0)
     assert built == [1, 5]
     assert [r["step"] for r in read_records(path) if r["kind"] == "rebuild"] == [FROM]
+
+
+def test_the_seed_that_failed_is_named():
+    counts = {"a": np.zeros((3, 4)), "b": np.array([[0, 0], [0, 2], [1, 0]])}
+    assert Failure(np.int32(3), counts).seed == 1
+    assert Failure(np.int32(3), {"a": np.array([0.0, 2.0])}).seed == 0
 
 
 def test_what_no_guard_bits_bear_ends_the_run_with_a_remedy(runs, tmp_path):

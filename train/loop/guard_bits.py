@@ -31,7 +31,7 @@ def choose(
 
     Args:
         config, task: the run's, with stack "bdia" and backprop "reversible".
-        model: of the first seed, with the parameters that step begins with.
+        model: of config.seed, with the parameters that step begins with.
         step: which.
         at_least: fewest guard bits to take.
 
@@ -56,12 +56,11 @@ def choose(
         except ValueError as error:
             name = ".".join(map(str, path))
             raise ValueError(f"no guard_bits can be chosen: {name}: {error}") from error
-    facts = {
+    return {
         "guard_bits": max(audit.fixed_point.guard_bits for audit in audits),
         "max_drift": max(audit.max_drift for audit in audits),
         "audited": sum(audit.elements * len(audit.mismatches) for audit in audits),
     }
-    return facts
 
 
 def described(facts: dict[str, Any]) -> str:
@@ -84,12 +83,18 @@ def with_guard_bits(task: Task, guard_bits: int) -> Task:
     return task._replace(make_model=make_model)
 
 
-def mend(config: Config, task: Task, model: Any, failure: Failure) -> dict[str, Any]:
+def mend(config: Config, task: Task, models: list[Any], failure: Failure) -> dict[str, Any]:
     """`choose` for the step whose rebuild failed: more guard bits than it had.
+
+    Args:
+        config, task: as of `choose`. models: one a seed.
+        failure: on the host.
 
     Raises:
         ValueError: no more are to be had, or none is enough.
     """
+    model = models[failure.seed]
+    config = dataclasses.replace(config, seed=config.seed + failure.seed)
     formats = [stack.fixed_point for stack in _stacks(model).values()]
     guard_bits = 1 + max(each.guard_bits for each in formats)
     most = 8 - max(each.gamma_bits for each in formats)

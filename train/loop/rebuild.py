@@ -45,6 +45,12 @@ class Failure(NamedTuple):
         here = Failure(jnp.where(failed, step, -1), counts)
         return jax.tree.map(lambda new, old: jnp.where(self.step < 0, new, old), here, self)
 
+    @property
+    def seed(self) -> int:
+        """Of counts on the host: which of the seeds side by side failed first, 0 for one alone."""
+        of_seeds = sum(np.atleast_2d(counts).sum(-1) for counts in self.counts.values())
+        return int(np.argmax(of_seeds > 0))
+
     def __str__(self) -> str:
         """Where, in words, of counts on the host."""
         said = []
@@ -72,6 +78,8 @@ def counted(model: Any, counts: Counts) -> Iterator[None]:
     modules: dict[str, Any] = {".".join(map(str, path)): m for path, m in nnx.iter_modules(model)}
     for name, zeros in counts.items():
         modules[name].failures = RebuildFailures(zeros)
-    yield
-    for name in counts:
-        del modules[name].failures
+    try:
+        yield
+    finally:
+        for name in counts:
+            del modules[name].failures

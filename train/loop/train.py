@@ -157,7 +157,7 @@ def _mend(
     state, failure = failed.state, failed.failure
     at = int(failure.step)
     try:
-        facts = guard_bits.mend(config, task, program.models(state)[0], failure)
+        facts = guard_bits.mend(config, task, program.models(state), failure)
     except ValueError as error:
         checkpoints.save(at, state)
         checkpoints.wait()
