@@ -8,7 +8,7 @@ import pytest
 
 import bdia_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 assert EXAMPLES
@@ -21,7 +21,6 @@ def load(path):
     return module
 
 
-@pytest.mark.full
 @pytest.mark.claim("the examples say what is so")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, capsys):

@@ -82,6 +82,7 @@ def test_nothing_is_executed():
     jax.effects_barrier()
 
 
+@pytest.mark.full
 @pytest.mark.claim("a reversible gradient needs least memory")
 @pytest.mark.control("a reversible gradient needs least memory")
 def test_a_gradient_needs_least_when_it_is_reversible():

@@ -340,8 +340,9 @@ def test_cross_attention_and_masks_are_arguments():
 # --- what is not deterministic ----------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.claim("a block that does not qualify is found")
-@pytest.mark.parametrize("source", ["numpy", pytest.param("callback", marks=pytest.mark.full)])
+@pytest.mark.parametrize("source", ["numpy", "callback"])
 def test_randomness_of_the_host_is_found_by_audit(source):
     generator = np.random.default_rng(0)
 

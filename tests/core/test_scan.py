@@ -272,7 +272,7 @@ def used(params, kind):
         full("bfloat16", 1, (3, 5, 13)),
         ("bfloat16", 2, (4, 5)),
         full("dropout", 2, (4, 5)),
-        ("dropout", 3, (6,)),
+        full("dropout", 3, (6,)),
     ],
 )
 def test_every_gradient_equals_plain_autodiff(kind, gamma_bits, shape):

@@ -16,8 +16,7 @@ from bdia_jax.models.vit import ViT
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.text.generate import generate
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-FULL = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 TOKENS = np.random.default_rng(0).integers(3, 31, (3, 12))
 IMAGES = np.random.default_rng(1).normal(size=(3, 8, 12, 3)).astype(np.float32)
@@ -72,9 +71,7 @@ SETTINGS = {  # name of the configuration's class and its arguments
     "qwen2": ("Qwen2Config", LLAMA | {"rope_parameters": LINEAR}),
     "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 6, "tie_word_embeddings": True}),
 }
-EVERY = pytest.mark.parametrize(
-    "name", ["gpt2", *(pytest.param(name, marks=FULL) for name in SETTINGS if name != "gpt2")]
-)
+EVERY = pytest.mark.parametrize("name", SETTINGS)
 
 
 @pytest.fixture(scope="module")

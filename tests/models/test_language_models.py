@@ -88,7 +88,7 @@ def test_a_token_outside_the_vocabulary_gives_nan(plain):
         # states on the grid of 2^-9 may fall on another point of it
         ("gpt2", BDIAStack, 0.05),
         pytest.param("gpt2", PLAIN, 1e-5, marks=pytest.mark.full),
-        ("llama", PLAIN, 1e-5),
+        pytest.param("llama", PLAIN, 1e-5, marks=pytest.mark.full),
     ],
 )
 def test_logits_with_a_cache_are_those_without(name, stack, tolerance):

@@ -255,15 +255,16 @@ def test_inputs_that_do_not_fit_are_refused(name, inputs, message):
 IN_PARTS = {"batch_chunks": 2, "by_branch": True, "token_chunks": 2}
 
 
+@pytest.mark.full
 @pytest.mark.claim("gradients equal store's")
 @pytest.mark.parametrize(
     "name, options, stack_options",
     [
         ("gpt2", {}, {}),
-        pytest.param("linformer", {"dropout_rate": 0.1}, {}, marks=FULL),
+        ("linformer", {"dropout_rate": 0.1}, {}),
         # a grid so fine that a rounding which depends on the parts does not matter
-        pytest.param("llama", {"qk_norm": True, "sliding_window": 5}, IN_PARTS, marks=FULL),
-        pytest.param("transformer", {}, {}, marks=FULL),
+        ("llama", {"qk_norm": True, "sliding_window": 5}, IN_PARTS),
+        ("transformer", {}, {}),
     ],
 )
 def test_reversible_gradients_equal_stored_ones(name, options, stack_options):
