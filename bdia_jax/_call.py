@@ -1,6 +1,7 @@
 """A call of `bdia_scan`, checked: what is known at trace time, and the arrays."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +36,26 @@ class Operands(NamedTuple):
     failures: Any
 
 
-def prepare(
-    block_fn: BlockFn,
+class Arrays(NamedTuple):
+    """The arrays of a call as they were given, checked."""
+
+    params: PyTree
+    x0: jax.Array
+    gamma: Any
+    consts: tuple[PyTree, ...]
+    failures: Any
+
+
+def prepare(block_fn: BlockFn, params, x0, gamma, consts, **options: Any):
+    """(Static, Operands), all checked. The options are those of `check` and `separate`."""
+    names = ("fixed_point", "backprop", "verify", "failures")
+    of_check = {name: options.pop(name) for name in names if name in options}
+    arrays, parts = check(params, x0, gamma, consts, **of_check)
+    options |= {"fixed_point": of_check["fixed_point"], "verify": parts}
+    return separate(block_fn, arrays, **options)
+
+
+def check(
     params: PyTree,
     x0: jax.Array,
     gamma: jax.Array | None,
@@ -44,15 +63,10 @@ def prepare(
     *,
     fixed_point: FixedPoint | None,
     backprop: str,
-    has_aux: bool,
     verify: bool | int = True,
     failures: Any = None,
-    **chunks: Any,
-) -> tuple[Static, Operands]:
-    """Checks everything, and takes what is differentiated apart from what is not.
-
-    Args: as of `bdia_scan`; chunks: batch_chunks, token_chunks, per_sample.
-    """
+) -> tuple[Arrays, int]:
+    """(the arrays, in how many parts a sample is verified) of arguments as `bdia_scan` has them."""
     _checks.check_choices(fixed_point, backprop)
     params = _checks.as_arrays(params, "params")
     consts = _checks.as_arrays(consts, "consts")
@@ -60,9 +74,63 @@ def prepare(
     depth = _checks.check_depth(params)
     reversible_format = fixed_point if backprop == "reversible" else None
     gamma = _checks.check_gamma(gamma, depth, x0.shape[0], reversible_format)
+    parts = _checks.check_verify(verify, failures, depth, x0, backprop)
+    return Arrays(params, x0, gamma, consts, failures), parts
+
+
+def separate(
+    block_fn: BlockFn,
+    arrays: Arrays,
+    *,
+    fixed_point: FixedPoint | None,
+    verify: int,
+    has_aux: bool,
+    **chunks: Any,
+) -> tuple[Static, Operands]:
+    """Takes what is differentiated apart from what is not, and checks the block.
+
+    Args:
+        verify: parts of a sample. chunks: batch_chunks, token_chunks, per_sample of `bdia_scan`.
+    """
+    params, x0, gamma, consts, failures = arrays
     block, merge_aux = make_block(
         block_fn, params, x0, consts, has_aux=has_aux, is_inference=gamma is None, **chunks
     )
-    parts = _checks.check_verify(verify, failures, depth, x0, backprop)
     operands = Operands(partition(params)[0], x0, gamma, partition(consts)[0], failures)
-    return Static(block, fixed_point, merge_aux, parts), operands
+    return Static(block, fixed_point, merge_aux, verify), operands
+
+
+# --- outside jit -----------------------------------------------------------------------
+
+
+def compiled_once(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """fn with these arguments, jitted: where all are equal, another call compiles nothing.
+
+    Inside jit it is as if it were not. What cannot be hashed is compiled in every call.
+    """
+    try:
+        return _jitted(fn, **static)
+    except TypeError:
+        return partial(fn, **static)
+
+
+@lru_cache(maxsize=64, typed=True)  # of each, a program is kept
+def _jitted(fn: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    return jax.jit(partial(fn, **static), inline=True)
+
+
+class Frozen(NamedTuple):
+    """A pytree of hashable leaves, hashable."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Frozen":
+        """None is a leaf."""
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+        return cls(tuple(leaves), treedef)
+
+    def thawed(self) -> PyTree:
+        """The pytree."""
+        return self.treedef.unflatten(self.leaves)

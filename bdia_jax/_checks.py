@@ -93,7 +93,7 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
         rest_ok = numpy.abs(given[1:]) == 2.0**-reversible_format.gamma_bits
     gamma = jax.lax.stop_gradient(jnp.asarray(gamma).astype(jnp.float32))
     if isinstance(given, Tracer):
-        return jnp.where(jnp.all(first_ok) & jnp.all(rest_ok), gamma, jnp.float32(jnp.nan))
+        return jnp.where(jnp.all(first_ok) & jnp.all(rest_ok), gamma, jnp.nan)
     if not first_ok.all():
         raise ValueError(
             f"gamma[0] contains {given[0][~first_ok][0]}, expected 0: the first block "

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ WHOLE = Evaluation((), {})
 
 
 def choose_evaluation(
-    stack: Any, block: Any, shape: Sequence[int], *, state: list[str], deterministic: bool
+    stack: Any, block: Any, shape: Sequence[int], *, has_state: bool, deterministic: bool
 ) -> Evaluation:
     """What a stack's by_branch, batch_chunks and token_chunks ask of its block for x of `shape`.
 
@@ -41,24 +41,18 @@ def choose_evaluation(
     Args:
         block: says what it consists of by `branches` and `per_token`, names of its methods, and
             by `per_sample` which of its arguments are cut with the batch.
-        state: names of its variables that are neither parameters nor random state.
+        has_state: whether it has variables that are neither parameters nor random state.
 
     Raises:
-        ValueError: a block that does not say it; in training, a block with state.
+        ValueError: a block that does not say it.
     """
     batch_chunks, token_chunks = stack.batch_chunks, stack.token_chunks
     check_count("batch_chunks", batch_chunks)
     check_count("token_chunks", token_chunks)
     if token_chunks == 1 and batch_chunks == 1 and not stack.by_branch:
         return WHOLE
-    if state:
-        if deterministic:
-            return WHOLE
-        raise ValueError(
-            f"the block has state ({', '.join(state)}), which its chunks and branches would each "
-            "update; take by_branch=False, batch_chunks=1 and token_chunks=1, or if it is a "
-            "constant pass it to the stack's call, which hands it to the block"
-        )
+    if has_state and deterministic:
+        return WHOLE
     names = branch_names(block) if stack.by_branch or token_chunks > 1 else ()
     per_token = getattr(block, "per_token", ())
     if wrong := [name for name in per_token if names and name not in names]:
@@ -78,6 +72,14 @@ def choose_evaluation(
     counts = tuple(token_chunks if name in per_token else 1 for name in names)
     chunks = {"batch_chunks": batch_chunks, "token_chunks": counts or 1}
     return Evaluation(names, chunks | {"per_sample": getattr(block, "per_sample", None)})
+
+
+def refuse_state(names: Iterable[str]) -> NoReturn:
+    """Raises ValueError: a block that is evaluated in parts changed these variables."""
+    raise ValueError(
+        f"the block changes its state ({', '.join(names)}), which its chunks and branches would "
+        "each do; take by_branch=False, batch_chunks=1 and token_chunks=1"
+    )
 
 
 def branch_names(block: Any) -> tuple[str, ...]:

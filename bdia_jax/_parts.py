@@ -203,7 +203,7 @@ def over_batch_chunks(
         return put_all(states, undone, index), ct_params, ct_consts, put_all(seen, seen_i, index)
 
     ct_params = jax.tree.map(jnp.zeros_like, params.diff)
-    seen = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), seen)
+    seen = jax.tree.map(jnp.zeros_like, seen)
     return _loop(count, one_chunk, (states, ct_params, ct_consts, seen))
 
 

@@ -1,13 +1,18 @@
 """K copies of an NNX block: one module with stacked variables, and pure functions of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax._flax import cast_floats, check_dtype, sum_of_branches
+from bdia_jax._flax import cast_floats, check_dtype, refuse_state, sum_of_branches
+
+_IS_STATE = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
 
 
 class BranchedBlock(nnx.Module):
@@ -66,7 +71,10 @@ class Stack(nnx.Module):
     ):
         if depth < 1:
             raise ValueError(f"depth is {depth}, expected at least one block")
-        stacked_init = nnx.vmap(lambda block_rngs: make_block(block_rngs))
+        stacked_init = nnx.vmap(
+            lambda block_rngs: make_block(block_rngs),
+            transform_metadata={nnx.PARTITION_NAME: None},
+        )
         self.blocks = stacked_init(rngs.split(depth))
         self.rngs = nnx.Rngs(gamma=draw(rngs, "gamma"), dropout=draw(rngs, "dropout"))
         self.depth = depth
@@ -89,59 +97,93 @@ class Stack(nnx.Module):
         """The last axis of what the stack returns for x [B, ..., width]."""
         return width
 
-    def pure(self, rngs: nnx.Rngs, *calls: Callable[..., Any]) -> "Pure":
-        """The blocks as pure functions, one for each `call(block, x, *consts)`; its own by default.
 
-        In training mode every random stream inside the blocks gets new keys from the stream
-        "dropout" of rngs, one a block, and others in each function but the first. With `dtype`
-        they cast parameters, x and consts; state and keys stay as they are.
-        """
-        dtype, calls = self.dtype, calls or (call_whole,)
-        graphdef, weights, keys, counts, state = nnx.split(
-            self.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
-        )
-        has_state = bool(jax.tree.leaves(state))
-        if not self.deterministic and jax.tree.leaves(keys):
-            keys = _reseed(keys, draw(rngs, "dropout"), self.depth)
+# --- what stacks do with their blocks; no methods, whose calls `nnx.tabulate` would list ------
 
-        def pure_block(index, call):
-            def block_fn(params_k, x, *consts):
-                weights, keys, *rest = params_k
-                if index:  # streams start anew in every function
-                    keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), keys)
-                weights, x, consts = cast_floats((weights, x, consts), dtype)
-                block = nnx.merge(graphdef, weights, keys, *rest)
-                out = call(block, x, *consts)
-                h, aux = out if self.has_aux else (out, None)
-                aux = cast_floats(aux, None if dtype is None else jnp.float32)
-                new_state = nnx.split(block, nnx.Param, nnx.RngState, ...)[3] if has_state else None
-                return h, (aux, jax.lax.stop_gradient(new_state))
 
-            return block_fn
+def pure_blocks(
+    stack: Stack, rngs: nnx.Rngs, *calls: Callable[..., Any], is_in_parts: bool = False
+) -> "Pure":
+    """The blocks as pure functions, one for each `call(block, x, *consts)`; their own by default.
 
-        block_fns = tuple(pure_block(index, call) for index, call in enumerate(calls))
-        return Pure(block_fns, (weights, keys, counts, state), has_state)
+    In training mode every random stream inside the blocks gets new keys from the stream
+    "dropout" of rngs, one a block, and others in each function but the first. With `dtype`
+    they cast parameters, x and consts; state and keys stay as they are. If it `is_in_parts`,
+    each sees a part of a call only, and none may change the block's state.
+    """
+    calls = calls or (call_whole,)
+    graphdef, weights, keys, counts, state = nnx.split(
+        stack.blocks, nnx.Param, nnx.RngKey, nnx.RngCount, ...
+    )
+    if not stack.deterministic and jax.tree.leaves(keys):
+        keys = _reseed(keys, draw(rngs, "dropout"), stack.depth)
 
-    def state_names(self) -> list[str]:
-        """The blocks' variables that are neither parameters nor random state (batch statistics)."""
-        is_state = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
-        paths = nnx.to_flat_state(nnx.state(self.blocks, is_state))
-        return [".".join(map(str, path)) for path, _ in paths]
+    options = (stack.dtype, stack.has_aux, is_in_parts)
+    block_fns = (PureBlock(graphdef, call, i, *options) for i, call in enumerate(calls))
+    return Pure(tuple(block_fns), (weights, keys, counts, state))
 
-    def finish(self, out: Any, aux: tuple[Any, Any], has_state: bool) -> Any:
-        """The result of a call, after the blocks' state is updated from the scan's aux."""
-        aux, new_state = aux
-        if has_state:
-            nnx.update(self.blocks, new_state)
-        return (out, aux) if self.has_aux else out
+
+def state_names(stack: Stack) -> list[str]:
+    """The blocks' variables that are neither parameters nor random state (batch statistics)."""
+    paths = nnx.to_flat_state(nnx.state(stack.blocks, _IS_STATE))
+    return [".".join(map(str, path)) for path, _ in paths]
+
+
+def finish(stack: Stack, out: Any, aux: tuple[Any, nnx.State]) -> Any:
+    """The result of a call, after the blocks' state is updated from the scan's aux."""
+    aux, changed = aux
+    if changed:
+        nnx.update(stack.blocks, changed)
+    return (out, aux) if stack.has_aux else out
 
 
 class Pure(NamedTuple):
-    """Blocks as functions (params_k, x, *consts) -> (h, (aux, new state))."""
+    """Blocks as functions (params_k, x, *consts) -> (h, (aux, the state that they changed))."""
 
-    block_fns: tuple[Callable[..., Any], ...]
+    block_fns: tuple["PureBlock", ...]
     params: Any
-    has_state: bool
+
+
+@dataclass(frozen=True)
+class PureBlock:
+    """A block as a function; two of the same block and call are equal, and compile once.
+
+    graphdef: the block without its variables. call: (block, x, *consts) -> h, or (h, aux).
+    index: of this call among those of a block. The others are as of `pure_blocks`.
+    """
+
+    graphdef: Any
+    call: Callable[..., Any]
+    index: int
+    dtype: Any
+    has_aux: bool
+    is_in_parts: bool
+
+    def __call__(self, params_k: Any, x: jax.Array, *consts: Any) -> tuple[jax.Array, Any]:
+        weights, keys, counts, state = params_k
+        if self.index:  # streams start anew in every function
+            keys = jax.tree.map(lambda key: jax.random.fold_in(key, self.index), keys)
+        weights, x, consts = cast_floats((weights, x, consts), self.dtype)
+        before = {path: jax.tree.leaves(var) for path, var in nnx.to_flat_state(state)}
+        block = nnx.merge(self.graphdef, weights, keys, counts, state)
+        out = self.call(block, x, *consts)
+        h, aux = out if self.has_aux else (out, None)
+        aux = cast_floats(aux, None if self.dtype is None else jnp.float32)
+        changed = _changed(before, nnx.state(block, _IS_STATE))
+        if changed and self.is_in_parts:
+            refuse_state(".".join(map(str, path)) for path, _ in nnx.to_flat_state(changed))
+        return h, (aux, changed)
+
+
+def _changed(before: dict[Any, list[Any]], after: nnx.State) -> nnx.State:
+    """The variables of `after` that hold other arrays than those before, or are new."""
+
+    def is_old(path, variable):
+        leaves, own = before.get(path), jax.tree.leaves(variable)
+        return leaves is not None and len(own) == len(leaves) and all(map(is_, own, leaves))
+
+    flat = nnx.to_flat_state(after)
+    return nnx.from_flat_state([(path, var) for path, var in flat if not is_old(path, var)])
 
 
 def call_whole(block: Any, x: jax.Array, *consts: Any) -> Any:
@@ -149,9 +191,14 @@ def call_whole(block: Any, x: jax.Array, *consts: Any) -> Any:
     return block(x, *consts)
 
 
-def call_branch(name: str, block: Any, x: jax.Array, *consts: Any) -> Any:
+@cache
+def call_branch(name: str) -> Callable[..., Any]:
     """One branch of h, the block's method of that name."""
-    return getattr(block, name)(x, *consts)
+
+    def call(block: Any, x: jax.Array, *consts: Any) -> Any:
+        return getattr(block, name)(x, *consts)
+
+    return call
 
 
 def stacked_params(model: nnx.Module) -> nnx.State:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdia_jax._mesh import varying
+
 
 def checksum(n: jax.Array, side_bits: int, parts: int) -> jax.Array:
     """Of every sample, or of each of `parts` equal parts of its axis 1.
@@ -30,7 +32,8 @@ def checksum(n: jax.Array, side_bits: int, parts: int) -> jax.Array:
     rows = n.reshape(len(n), parts, first // parts, *others)
     sums = jax.lax.bitcast_convert_type(rows >> side_bits, jnp.uint32)
     for axis in reversed(range(2, rows.ndim)):
-        sums = jnp.sum(sums * _weights(rows.shape[axis], axis), axis=-1, dtype=jnp.uint32)
+        weights = _weights(rows.shape[axis], axis).reshape((1,) * axis + (-1,))
+        sums = jnp.sum(sums * weights, axis=-1, dtype=jnp.uint32)
     return sums
 
 
@@ -53,7 +56,7 @@ def per_part(sound: jax.Array, x: jax.Array) -> jax.Array:
 
 def nan_unless(is_right: jax.Array, x: jax.Array) -> jax.Array:
     """x, NaN where it does not hold; it broadcasts to x."""
-    return jnp.where(is_right, x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(is_right, x, np.asarray(np.nan, x.dtype))
 
 
 def nan_by(verdict: jax.Array, tree: Any) -> Any:
@@ -63,15 +66,8 @@ def nan_by(verdict: jax.Array, tree: Any) -> Any:
     """
 
     def judged(x):
-        own = _varying(verdict) - _varying(x)
+        own = varying(verdict) - varying(x)
         everybodys = jax.lax.psum(verdict, tuple(own)) if own else verdict
         return nan_unless(everybodys == 0, x)
 
     return jax.tree.map(judged, tree)
-
-
-def _varying(x: jax.Array) -> frozenset:
-    """Axes of an enclosing `jax.shard_map` along which x differs from device to device."""
-    aval = jax.typeof(x)
-    axes = getattr(aval, "manual_axis_type", None)  # called vma before
-    return axes.varying if axes is not None else getattr(aval, "vma", frozenset())

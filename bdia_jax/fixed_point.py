@@ -6,6 +6,7 @@ Everything here is elementwise or a bit operation; nothing knows about blocks.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def quantize(x: jax.Array, fixed_point: FixedPoint) -> jax.Array:
 def dequantize(n: jax.Array, fixed_point: FixedPoint) -> jax.Array:
     """x = n 2^-l in float32: exact for |n| <= 2^24, to float32 rounding above; NaN if invalid."""
     x = n.astype(jnp.float32) * jnp.float32(2.0**-fixed_point.frac_bits)
-    return jnp.where(n == INVALID, jnp.float32(jnp.nan), x)
+    return jnp.where(n == INVALID, jnp.nan, x)
 
 
 def straight_through(y: jax.Array, value: jax.Array) -> jax.Array:
@@ -133,22 +134,30 @@ def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:
     rows = _as_rows(values)
     width = rows.shape[-1]
     lanes = rows.reshape(*rows.shape[:-1], 1, 8, width // 8)
-    planes = jnp.arange(num_bits, dtype=values.dtype).reshape(num_bits, 1, 1)
-    position = jnp.arange(8, dtype=values.dtype).reshape(8, 1)
+    planes = _along(-3, num_bits, values.dtype, lanes.ndim)
+    position = _along(-2, 8, values.dtype, lanes.ndim)
     bits = ((lanes >> planes) & 1) << position
     return jnp.sum(bits, axis=-2, dtype=values.dtype).astype(jnp.uint8)
 
 
 def unpack_bits(packed: jax.Array, num_bits: int, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `pack_bits`: int32 of the given shape, values from 0 to 2^num_bits - 1."""
-    position = jnp.arange(8, dtype=jnp.uint8).reshape(8, 1)
+    ndim = packed.ndim + 1
+    position = _along(-2, 8, jnp.uint8, ndim)
     bits = ((packed[..., None, :] >> position) & 1).astype(jnp.int32)
-    planes = jnp.arange(num_bits, dtype=jnp.int32).reshape(num_bits, 1, 1)
+    planes = _along(-3, num_bits, jnp.int32, ndim)
     lanes = jnp.sum(bits << planes, axis=-3, dtype=jnp.int32)
     rows = lanes.reshape(*lanes.shape[:-2], lanes.shape[-2] * lanes.shape[-1])
     if rows.shape == shape:
         return rows
     return rows[:, : math.prod(shape[1:])].reshape(shape)
+
+
+def _along(axis: int, size: int, dtype: Any, ndim: int) -> jax.Array:
+    """0 .. size-1 along `axis` of `ndim` axes."""
+    return jnp.arange(size, dtype=dtype).reshape(
+        [size if i == axis else 1 for i in range(-ndim, 0)]
+    )
 
 
 def _as_rows(values: jax.Array) -> jax.Array:

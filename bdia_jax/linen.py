@@ -1,6 +1,5 @@
 """BDIAStack for Flax Linen: K copies of any user block, trained reversibly."""
 
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bdia_jax._flax import (
+    WHOLE,
     branch_names,
-    cast_floats,
     check_branches_agree,
     check_dtype,
     check_trains,
@@ -21,6 +20,7 @@ from bdia_jax._flax import (
     sum_of_branches,
     verification,
 )
+from bdia_jax._linen import PureBlock, changeable, takes_deterministic
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.scan import bdia_scan
@@ -72,7 +72,8 @@ class BDIAStack(nn.Module):
     Every collection lives under the name "blocks" with a leading axis K. Every rng the
     caller passes other than "params" and "gamma" reaches the blocks, split by block, so a
     dropout mask is the same in the forward and the backward pass. Mutable collections
-    (batch statistics) are updated once per call, by the forward pass. If there is a collection
+    (batch statistics) are updated once per call, by the forward pass, and what blocks sow or the
+    caller captures comes out stacked; both are differentiable. If there is a collection
     "failures", {"blocks": jnp.zeros(K)}, its gradient is that of failures of `bdia_scan`.
 
     Example:
@@ -189,37 +190,26 @@ class BDIAStack(nn.Module):
         """What `run`, that is `bdia_scan` or an audit, makes of the blocks."""
         dtype = check_dtype(self.dtype)
         block = self.block.clone(parent=None, name=None)
-        if _takes_deterministic(type(block)):
+        if takes_deterministic(type(block)):
             block_kwargs = block_kwargs | {"deterministic": deterministic}
         x = constrain(x, self.mesh)
         variables = self._stacked_variables(block, x, consts, block_kwargs)
-        state = {col: v for col, v in variables.items() if col != "params"}
-        mutable = [col for col in state if self.is_mutable_collection(col)]
+        # what blocks may change, and what they sow
+        mutable = changeable(self.scope)
         is_still = deterministic or self.is_initializing()
         drawn = [] if deterministic else self._block_streams()
         keys = {stream: self._block_keys(stream) for stream in drawn}
+        evaluation = choose_evaluation(
+            self, self.block, x.shape, has_state=[*variables] != ["params"], deterministic=is_still
+        )
 
         def pure_method(method: str | None, index: int = 0):
-            def block_fn(params_k, x, *consts):
-                variables_k, keys_k = params_k
-                if index:  # streams start anew in every branch
-                    keys_k = {s: jax.random.fold_in(key, index) for s, key in keys_k.items()}
-                weights, x, consts = cast_floats((variables_k.get("params"), x, consts), dtype)
-                if weights is not None:
-                    variables_k = variables_k | {"params": weights}
-                options = {"rngs": keys_k, "mutable": mutable, "method": method}
-                out, new_state = block.apply(variables_k, x, *consts, **options, **block_kwargs)
-                h, aux = out if self.has_aux else (out, None)
-                aux = cast_floats(aux, None if dtype is None else jnp.float32)
-                return h, (aux, jax.lax.stop_gradient(new_state))
-
-            return block_fn
+            items = tuple(sorted(block_kwargs.items()))
+            in_parts = evaluation != WHOLE
+            return PureBlock(block, method, index, mutable, dtype, self.has_aux, in_parts, items)
 
         if run is not bdia_scan:
             self._check_branches(pure_method, (variables, keys), x, consts)
-        evaluation = choose_evaluation(
-            self, self.block, x.shape, state=[*state], deterministic=is_still
-        )
         gamma, backprop = draw_gamma(
             self, x.shape[0], lambda: self.make_rng("gamma"), deterministic=is_still
         )
@@ -241,9 +231,9 @@ class BDIAStack(nn.Module):
         out, aux = found
         if branches:  # they have no state, and aux each
             aux = (tuple(aux_i for aux_i, _ in aux), {})
-        aux, new_state = aux
+        aux, changed = aux
         if not self.is_initializing():
-            for col, value in new_state.items():
+            for col, value in changed.items():
                 self.put_variable(col, "blocks", value)
         return (out, aux) if self.has_aux else out
 
@@ -264,19 +254,25 @@ class BDIAStack(nn.Module):
     def _stacked_variables(self, block, x, consts, block_kwargs):
         """Every collection of K blocks, stacked; initialized from one key a block."""
 
+        if not self.is_initializing():
+            known = (col for col in self.variables if self.has_variable(col, "blocks"))
+            found = {col: self.get_variable(col, "blocks") for col in known if col != "failures"}
+            return nn.meta.unbox(found)
+
         def init_one(key):
             streams = ("params", *self._block_streams())
             keys = {stream: jax.random.fold_in(key, i) for i, stream in enumerate(streams)}
             return block.init(keys, x, *consts, **block_kwargs)
 
         def init(key, col):
-            return jax.vmap(init_one)(jax.random.split(key, self.depth))[col]
+            stacked = jax.vmap(init_one)(jax.random.split(key, self.depth))[col]
+            return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: None})
 
         variables = {}
         for col in jax.eval_shape(init_one, jax.random.key(0)):
             if col == "params":
                 variables[col] = self.param("blocks", init, col)
-            elif self.is_initializing() or self.has_variable(col, "blocks"):
+            else:
                 variables[col] = self.variable(
                     col, "blocks", lambda c=col: init(self.make_rng("params"), c)
                 ).value
@@ -291,10 +287,3 @@ class BDIAStack(nn.Module):
     def _block_streams(self) -> list[str]:
         scope = self.scope
         return sorted(set(scope.rngs) - {"params", "gamma"}) if scope is not None else []
-
-
-def _takes_deterministic(block: type) -> bool:
-    """Whether the block's call, or that of a branch, has this parameter."""
-    methods = ("__call__", *getattr(block, "branches", ()))
-    calls = (getattr(block, name) for name in methods if hasattr(block, name))
-    return any("deterministic" in inspect.signature(call).parameters for call in calls)

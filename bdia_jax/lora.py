@@ -148,8 +148,8 @@ def _adapt(linear, rank: int, scale: float, dropout_rate: float, rngs) -> None:
     # the same object, so that its place in the model and its parameters' names stay
     _set_class(linear, LoRALinear)
     linear.scale = scale
-    linear.lora_a = nnx.LoRAParam(initial(rngs.params(), (*lead, in_features, rank)))
-    linear.lora_b = nnx.LoRAParam(jnp.zeros((*lead, rank, out_features)))
+    linear.lora_a = nnx.LoRAParam(initial(rngs.params(), (*lead, in_features, rank), jnp.float32))
+    linear.lora_b = nnx.LoRAParam(jnp.zeros((*lead, rank, out_features), jnp.float32))
     linear.lora_dropout = _dropout(dropout_rate, tuple(lead), rngs)
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bdia_jax._mesh import alike, explicit_sharding, zeros_like
+
 
 def logits(
     features: jax.Array,
@@ -87,8 +89,9 @@ def softmax_cross_entropy(
         min(chunk_size, vocab_size),
         label_smoothing,
     )
+    features, table, bias, labels = alike(features, table, bias, labels)
     flat_features = features.reshape(-1, features.shape[-1])
-    loss: Any = _loss(config, flat_features, table, bias, labels.reshape(-1))
+    loss: Any = _jitted_loss(config, flat_features, table, bias, labels.reshape(-1))
     return loss.reshape(labels.shape)
 
 
@@ -118,12 +121,12 @@ def _chunk(config: _Config, x, table, bias, first) -> _Chunk:
     part = jax.lax.dynamic_slice_in_dim(table, start, size, axis).astype(config.dtype)
     if bias is not None:
         bias = jax.lax.dynamic_slice_in_dim(bias, start, size)
-    is_new = start + jnp.arange(size) >= first
+    is_new = start + jnp.arange(size, dtype=jnp.int32) >= first
     return _Chunk(start, is_new, part, logits(x, part, bias=bias, vocab_axis=axis))
 
 
 def _firsts(config: _Config, table) -> jax.Array:
-    return jnp.arange(0, table.shape[config.vocab_axis], config.size)
+    return jnp.arange(0, table.shape[config.vocab_axis], config.size, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,16 +151,16 @@ def _loss_fwd(config: _Config, features, table, bias, labels):
             all_logits = all_logits + jnp.sum(jnp.where(chunk.is_new, chunk.logits, 0), axis=1)
         return (new_top, total, own, all_logits), None
 
-    # top starts finite, for a bias may rule out a whole chunk by -inf; a label that no chunk
-    # has leaves NaN
-    start = (jnp.finfo(jnp.float32).min, 0.0, jnp.nan, 0.0)
-    carry = tuple(jnp.full(len(x), value, jnp.float32) for value in start)
+    # top starts finite, for a bias may rule out a whole chunk by -inf
+    start = (jnp.finfo(jnp.float32).min, 0.0, 0.0, 0.0)
+    carry = tuple(jnp.full_like(labels, value, jnp.float32) for value in start)
     (top, total, own, all_logits), _ = jax.lax.scan(body, carry, _firsts(config, table))
     log_sum = top + jnp.log(total)
     if config.smoothing:
         mean = all_logits / table.shape[config.vocab_axis]
         own = (1 - config.smoothing) * own + config.smoothing * mean
-    return log_sum - own, (features, table, bias, labels, log_sum)
+    loss = jnp.where(labels >= 0, log_sum - own, jnp.nan)
+    return loss, (features, table, bias, labels, log_sum)
 
 
 def _loss_bwd(config: _Config, residuals, ct):
@@ -170,7 +173,8 @@ def _loss_bwd(config: _Config, residuals, ct):
     def body(carry, first):
         ct_x, ct_table, ct_bias = carry
         chunk = _chunk(config, x, table, bias, first)
-        target = chunk.start + jnp.arange(config.size) == labels[:, None]
+        classes = chunk.start + jnp.arange(config.size, dtype=jnp.int32)
+        target = (classes[None] == labels[:, None]).astype(jnp.float32)
         if config.smoothing:
             target = (1 - config.smoothing) * target + config.smoothing / table.shape[axis]
         ct_logits = (jnp.exp(chunk.logits - log_sum[:, None]) - target) * ct
@@ -183,24 +187,27 @@ def _loss_bwd(config: _Config, residuals, ct):
             ct_bias = write(ct_bias, jnp.sum(ct_logits, axis=0), 0)
         ct_logits = ct_logits.astype(config.dtype)
         operands = (x, ct_logits) if axis == 1 else (ct_logits, x)
-        ct_table = write(ct_table, _sum_products(*operands, 0, 0), axis)
+        part = _sum_products(*operands, 0, 0, explicit_sharding(chunk.table))
+        ct_table = write(ct_table, part, axis)
         new = jnp.where(jnp.expand_dims(chunk.is_new, 1 - axis), chunk.table, 0)
         ct_x = ct_x + _sum_products(ct_logits, new, 1, axis)
         return (ct_x, ct_table, ct_bias), None
 
-    ct_bias = None if bias is None else jnp.zeros_like(bias)
-    carry = (jnp.zeros(x.shape, jnp.float32), jnp.zeros_like(table), ct_bias)
+    ct_bias = None if bias is None else zeros_like(bias)
+    carry = (zeros_like(x, jnp.float32), zeros_like(table), ct_bias)
     (ct_x, ct_table, ct_bias), _ = jax.lax.scan(body, carry, _firsts(config, table))
     return ct_x.astype(features.dtype), ct_table, ct_bias, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
+_jitted_loss = jax.jit(_loss, static_argnums=0, inline=True)  # outside jit, compiled once
 
 
-def _sum_products(a, b, axis_a, axis_b):
+def _sum_products(a, b, axis_a, axis_b, out_sharding=None):
     """The matrix product of a and b over an axis of each, in float32."""
     axes = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    options = {"preferred_element_type": jnp.float32, "out_sharding": out_sharding}
+    return jax.lax.dot_general(a, b, axes, **options)
 
 
 def _product_dtype(features, table, dtype) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax._flax import (
+    WHOLE,
     Draw,
     branch_names,
     check_branches_agree,
@@ -27,7 +28,10 @@ from bdia_jax._stack import (
     call_branch,
     call_whole,
     draw,
+    finish,
+    pure_blocks,
     stacked_params,
+    state_names,
 )
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
@@ -94,12 +98,13 @@ class BDIAStack(Stack):
         token_chunks=n: by_branch, and those branches the block also names in `per_token`, such as
             an MLP, are evaluated n times, each on a chunk of axis 1.
 
-    They are for blocks without other state than random streams; at inference a block with state
-    is evaluated whole. Dropout draws another mask with them, the same in every backprop.
+    They are for blocks that change no state but their random streams; at inference a block with
+    state is evaluated whole. Dropout draws another mask with them, the same in every backprop.
 
     Dropout inside a block draws from a key of its own per block and call, the same in the
     forward and the backward pass. Variables that are neither parameters nor random state
-    (batch statistics) are updated once per call, by the forward pass.
+    (batch statistics) are updated once per call, by the forward pass, if the block changes them;
+    what it sows inside `nnx.capture` comes out stacked [K, ...]. Both are differentiable.
 
     With dtype, as of a Flax layer, parameters stay float32: each block gets its own, x and the
     float consts cast to it, one block at a time and alike in the forward and the backward pass,
@@ -182,8 +187,8 @@ class BDIAStack(Stack):
         options |= verification(self, backprop, failures)
         out, aux = bdia_scan(block_fn, pure.params, x, gamma, *consts, **options, **chunks)
         if isinstance(block_fn, tuple):  # branches have no state, and aux each
-            aux = (tuple(aux_i for aux_i, _ in aux), None)
-        return self.finish(out, aux, pure.has_state)
+            aux = (tuple(aux_i for aux_i, _ in aux), nnx.State({}))
+        return finish(self, out, aux)
 
     def audit(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Audit:
         """`bdia_jax.audit` of this stack in training mode: is its rebuild exact here?
@@ -253,14 +258,13 @@ class BDIAStack(Stack):
             self,
             self.blocks,
             x.shape,
-            state=self.state_names(),
+            has_state=bool(state_names(self)),
             deterministic=self.deterministic,
         )
-        if not evaluation.branches:
-            pure = self.pure(rngs)
-            return pure, pure.block_fns[0], evaluation.chunks
-        pure = self.pure(rngs, *(partial(call_branch, name) for name in evaluation.branches))
-        return pure, pure.block_fns, evaluation.chunks
+        branches = map(call_branch, evaluation.branches)
+        pure = pure_blocks(self, rngs, *branches, is_in_parts=evaluation != WHOLE)
+        block_fn = pure.block_fns if evaluation.branches else pure.block_fns[0]
+        return pure, block_fn, evaluation.chunks
 
     def _check_branches(self, x: jax.Array, consts: tuple[Any, ...]) -> None:
         """Raises ValueError if the block is not the sum of the branches it names."""
@@ -271,8 +275,7 @@ class BDIAStack(Stack):
             return
         still = nnx.clone(self)
         still.eval()
-        calls = [partial(call_branch, name) for name in branch_names(block)]
-        pure = still.pure(still.rngs, call_whole, *calls)
+        pure = pure_blocks(still, still.rngs, call_whole, *map(call_branch, branch_names(block)))
         whole, *branches = (lambda *args, fn=fn: fn(*args)[0] for fn in pure.block_fns)
         name = type(block).__name__
         check_branches_agree(name, whole, branches, pure.params, x.astype(jnp.float32), consts)

@@ -14,7 +14,18 @@ import jax.numpy as jnp
 
 from bdia_jax._autodiff import autodiff_scan
 from bdia_jax._block import Leaves
-from bdia_jax._call import BlockFn, Operands, PyTree, Static, prepare
+from bdia_jax._call import (
+    Arrays,
+    BlockFn,
+    Frozen,
+    Operands,
+    PyTree,
+    Static,
+    check,
+    compiled_once,
+    separate,
+)
+from bdia_jax._mesh import zeros_like
 from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
 from bdia_jax._verify import checksum, nan_by, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
@@ -105,24 +116,41 @@ def bdia_scan(
         >>> jax.grad(loss)(w).shape
         (12, 16, 16)
     """
-    chunks = {"batch_chunks": batch_chunks, "token_chunks": token_chunks, "per_sample": per_sample}
-    options = {"fixed_point": fixed_point, "backprop": backprop, "has_aux": has_aux, **chunks}
-    options |= {"verify": verify, "failures": failures}
-    static, operands = prepare(block_fn, params, x0, gamma, consts, **options)
+    options = {"fixed_point": fixed_point, "backprop": backprop}
+    arrays, parts = check(params, x0, gamma, consts, verify=verify, failures=failures, **options)
+    run = compiled_once(
+        _run,
+        block_fn=tuple(block_fn) if isinstance(block_fn, list) else block_fn,
+        verify=parts,
+        has_aux=has_aux,
+        batch_chunks=batch_chunks,
+        token_chunks=token_chunks,
+        per_sample=Frozen.of(per_sample),
+        **options,
+    )
+    try:
+        return run(arrays=arrays)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            "backprop='reversible' has no forward-mode derivative (jvp, jacfwd, hessian); "
+            "use backprop='store' for it"
+        ) from error
+
+
+def _run(
+    block_fn: BlockFn, arrays: Arrays, *, backprop: str, per_sample: Frozen, **options: Any
+) -> Any:
+    """What `bdia_scan` returns, of checked arrays."""
+    static, operands = separate(block_fn, arrays, per_sample=per_sample.thawed(), **options)
     if backprop == "reversible":
-        try:
-            result: Any = _reversible(static, operands)
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            raise ValueError(
-                "backprop='reversible' has no forward-mode derivative (jvp, jacfwd, hessian); "
-                "use backprop='store' for it"
-            ) from error
+        result: Any = _reversible(static, operands)
     else:
-        result = autodiff_scan(static.block, fixed_point, *operands[:4], remat=backprop == "remat")
+        remat = backprop == "remat"
+        result = autodiff_scan(static.block, static.fixed_point, *operands[:4], remat=remat)
     x_last, aux = result
-    return (x_last, static.merge_aux(*aux)) if has_aux else x_last
+    return (x_last, static.merge_aux(*aux)) if options["has_aux"] else x_last
 
 
 # --- forward: nothing is kept but the last two states and the side bits ---------------
@@ -259,7 +287,7 @@ def reverse_scan(
     init = (
         kept.n_prev,
         Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last), sound),
-        jax.tree.map(jnp.zeros_like, operands.consts.diff),
+        jax.tree.map(zeros_like, operands.consts.diff),
         sums,
         verdict,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bdia_jax.nnx import Stack
+from bdia_jax.nnx import Stack, finish, pure_blocks
 
 # inside a scan nothing can be merged across the two passes, so no barriers are needed
 _checkpoint = partial(jax.checkpoint, prevent_cse=False)
@@ -39,14 +39,14 @@ class _ResidualStack(Stack):
             *consts: pytrees of arrays every block is called with, differentiated.
             rngs: stream "dropout" (or a default) for this call, in place of the stack's own.
         """
-        pure = self.pure(self.rngs if rngs is None else rngs)
+        pure = pure_blocks(self, self.rngs if rngs is None else rngs)
 
         def block(x, params_k):
             h, aux = pure.block_fns[0](params_k, x, *consts)
             return x + h, aux
 
         out, aux = self._loop(block, pure.params, x.astype(jnp.float32))
-        return self.finish(out, aux, pure.has_state)
+        return finish(self, out, aux)
 
     def _loop(self, block: Callable[..., Any], params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         raise NotImplementedError

@@ -36,9 +36,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bdia_jax import sample_gamma
-from bdia_jax.audit import forward_and_back
+from bdia_jax.audit import forward_and_back, prepare
 from bdia_jax.nnx import BDIAStack
-from bdia_jax.scan import prepare
 from bdia_jax.sharding import AXES, BATCH_AXES, make_mesh, param_shardings, state_sharding
 from benchmarks import record
 from benchmarks.faults import unpinned

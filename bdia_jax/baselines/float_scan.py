@@ -2,7 +2,7 @@
 
 The baselines of BDIA share one recurrence, x_{k+1} = a_k x_{k-1} + b_k x_k + c_k h_k(x_k),
 undone by solving for x_{k-1}. No side bits are kept, so every rebuild adds rounding errors,
-and the next one builds on them.
+and the next one builds on them. (It is over 300 lines because the two are read together.)
 """
 
 import functools
@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from bdia_jax import _checks
 from bdia_jax._block import Branch, LeafFn, Leaves, over_leaves, partition
+from bdia_jax._call import compiled_once
 from bdia_jax._parts import value_and_vjp
 from bdia_jax.recurrence import per_element
 
@@ -96,7 +97,13 @@ def float_scan(
     """
     if backprop not in ("reversible", "store"):
         raise ValueError(f"backprop is {backprop!r}, expected one of reversible, store")
-    call = _prepare(block_fns, params, (x_prev, x), coefficients, consts, has_aux, backprop)
+    arrays = _check(len(block_fns), params, (x_prev, x), coefficients, consts, backprop)
+    options = {"block_fns": tuple(block_fns), "has_aux": has_aux, "backprop": backprop}
+    return compiled_once(_run, **options)(arrays=arrays)
+
+
+def _run(block_fns, arrays, has_aux, backprop) -> Any:
+    call = _separate(block_fns, has_aux, *arrays)
     if backprop == "reversible":
         result: Any = _reversible(call.blocks, call.operands)
         states, aux = result
@@ -128,7 +135,9 @@ def rebuild_errors(
         backward pass evaluates block k. The last of all states is kept, so with one
         function per block the last entry is 0.
     """
-    call = _prepare(block_fns, params, (x_prev, x), coefficients, consts, has_aux, "reversible")
+    states = (x_prev, x)
+    arrays = _check(len(block_fns), params, states, coefficients, consts, "reversible")
+    call = _separate(block_fns, has_aux, *arrays)
 
     @jax.jit
     def measure(operands):
@@ -159,9 +168,9 @@ class _Call(NamedTuple):
     operands: _Operands
 
 
-def _prepare(block_fns, params, states, coefficients, consts, has_aux, backprop) -> _Call:
-    """Checks everything, and separates what is differentiated from what is not."""
-    if not block_fns:
+def _check(functions, params, states, coefficients, consts, backprop) -> tuple[Any, ...]:
+    """(params, states, coefficients, consts) as arrays; coefficients [K, functions, B or 1]."""
+    if not functions:
         raise ValueError("block_fns is empty, expected at least one function")
     params = _checks.as_arrays(params, "params")
     consts = _checks.as_arrays(consts, "consts")
@@ -169,20 +178,21 @@ def _prepare(block_fns, params, states, coefficients, consts, has_aux, backprop)
     if x_prev.shape != x.shape:
         raise ValueError(f"x_prev has shape {x_prev.shape} and x {x.shape}; they must be equal")
     depth = _checks.check_depth(params)
-    _check_coefficients(coefficients, depth, len(block_fns), x.shape[0], backprop)
+    _check_coefficients(coefficients, depth, functions, x.shape[0], backprop)
 
     def by_block(given):
         given = jax.lax.stop_gradient(jnp.asarray(given, jnp.float32))
-        return given.reshape(depth, len(block_fns), given.shape[1])
+        return given.reshape(depth, functions, given.shape[1])
 
-    prepared = [over_leaves(fn, params, x, consts, has_aux) for fn in block_fns]
+    states = (x_prev.astype(jnp.float32), x.astype(jnp.float32))
+    return params, states, Coefficients(*map(by_block, coefficients)), consts
+
+
+def _separate(block_fns, has_aux, params, states, coefficients, consts) -> _Call:
+    """What is differentiated, apart from what is not."""
+    prepared = [over_leaves(fn, params, states[0], consts, has_aux) for fn in block_fns]
     blocks, aux_shapes, _ = zip(*prepared, strict=True)
-    operands = _Operands(
-        params=partition(params)[0],
-        states=(x_prev.astype(jnp.float32), x.astype(jnp.float32)),
-        coefficients=Coefficients(*map(by_block, coefficients)),
-        consts=partition(consts)[0],
-    )
+    operands = _Operands(partition(params)[0], states, coefficients, partition(consts)[0])
     return _Call(blocks, tuple(partition(shape)[1] for shape in aux_shapes), operands)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax._stack import Pure, Stack, call_whole, draw
+from bdia_jax._stack import Pure, Stack, call_whole, draw, finish, pure_blocks, state_names
 from bdia_jax.baselines.float_scan import (
     Coefficients,
     float_bdia,
@@ -33,7 +33,7 @@ class _FloatStack(Stack):
     def _prepare(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[Pure, Coefficients]:
         rngs = self.rngs if rngs is None else rngs
         coefficients = self._coefficients(x.shape[0], rngs)
-        return self.pure(rngs, *self._calls), coefficients
+        return pure_blocks(self, rngs, *self._calls), coefficients
 
     def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
@@ -56,7 +56,7 @@ class _FloatStack(Stack):
             backprop=self._backprop(),
             has_aux=True,
         )
-        return self.finish(self._output(states), aux[0], pure.has_state)
+        return finish(self, self._output(states), aux[0])
 
     def rebuild_errors(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> jax.Array:
         """float32 [K]: how far the states block k is evaluated at are off in the backward pass.
@@ -105,7 +105,7 @@ class RevStack(_FloatStack):
         dtype: Any = None,
     ):
         super().__init__(make_block, depth, rngs=rngs, backprop=backprop, dtype=dtype)
-        if names := self.state_names():
+        if names := state_names(self):
             raise ValueError(
                 f"the block has state ({', '.join(names)}), which f and g would both update; "
                 "take a block without, or MidpointStack"

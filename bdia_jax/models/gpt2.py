@@ -62,8 +62,8 @@ class GPT2(LanguageModel):
         self.dtype = dtype
         init = initializers(depth)
         normal = init["kernel_init"]
-        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
-        self.positions = nnx.Param(normal(rngs.params(), (max_len, width)))
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), jnp.float32))
+        self.positions = nnx.Param(normal(rngs.params(), (max_len, width), jnp.float32))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         norm = partial(nnx.LayerNorm, epsilon=epsilon)
 

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from bdia_jax import losses
+from bdia_jax._mesh import explicit_sharding
 from bdia_jax._stack import Stack
 
 
@@ -100,7 +102,12 @@ class LanguageModel(TokenModel):
 
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index], NaN for an index outside, negative ones too."""
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    sharding = explicit_sharding(index)
+    if sharding is not None:  # as the index is, and the table's rows
+        row = jax.typeof(table).sharding.spec[1:]
+        sharding = sharding.update(spec=PartitionSpec(*sharding.spec, *row))
+    options = {"fill_value": jnp.nan, "wrap_negative_indices": False, "out_sharding": sharding}
+    return table.at[index].get(mode="fill", **options)
 
 
 def initializers(depth: int) -> dict[str, Callable]:

@@ -43,8 +43,9 @@ class LinformerAttention(Attention):
         super().__init__(width, num_heads, **common, rngs=rngs)
         bound = 1 / math.sqrt(projected)
         shape = (projected, num_tokens)
-        self.project_keys = nnx.Param(rngs.params.uniform(shape, minval=-bound, maxval=bound))
-        self.project_values = nnx.Param(rngs.params.uniform(shape, minval=-bound, maxval=bound))
+        options = {"dtype": jnp.float32, "minval": -bound, "maxval": bound}
+        self.project_keys = nnx.Param(rngs.params.uniform(shape, **options))
+        self.project_values = nnx.Param(rngs.params.uniform(shape, **options))
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[B, T, D] -> float32 [B, T, D].

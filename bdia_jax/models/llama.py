@@ -107,11 +107,11 @@ class Llama(LanguageModel):
                 rngs=rngs,
             )
 
-        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width)))
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), jnp.float32))
         self.stack = make_stack(stack, make_block, depth, width, rngs)
         self.norm = norm(width, rngs=rngs)
         if not tie_embeddings:
-            self.head = nnx.Param(normal(rngs.params(), (vocab_size, width)))
+            self.head = nnx.Param(normal(rngs.params(), (vocab_size, width), jnp.float32))
 
     def features(
         self,

@@ -78,6 +78,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return (1 - share) * slow + share * frequencies
 
 
+def angles_of(positions: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
+    """positions [...] times frequencies [F], float32 [..., F]."""
+    return jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+
+
 def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     """x turned by its positions, float32, element i with i + d/2 as one plane.
 
@@ -87,7 +92,7 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
         positions: int32, broadcastable to [B, T].
         frequencies: [d / 2], of `rope_frequencies`.
     """
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = angles_of(positions, frequencies)
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -13,6 +13,7 @@ from bdia_jax._stack import Stack
 from bdia_jax.models.attention import Attention, CrossAttention
 from bdia_jax.models.blocks import MLP, PreNormBlock
 from bdia_jax.models.language_model import TokenModel
+from bdia_jax.models.rope import angles_of
 from bdia_jax.nnx import BDIAStack
 
 PAD = 0
@@ -101,7 +102,7 @@ class Transformer(TokenModel):
         self.dtype = dtype
         # of variance 1 once scaled by sqrt(width), as are the logits of a normalized x
         init = nnx.initializers.normal(1 / math.sqrt(width))
-        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width)))
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
         def make(block, rngs):
@@ -189,6 +190,6 @@ class Transformer(TokenModel):
 
 def _sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """[..., T] -> float32 [..., T, D]: sines, then cosines, of wavelengths 2 pi to 20000 pi."""
-    frequency = 10_000.0 ** (-jnp.arange(width // 2) / (width // 2))
-    angle = positions[..., None] * frequency
+    frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle = angles_of(positions, frequency)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -66,8 +66,8 @@ class ViT(nnx.Module):
         self.patches = nnx.Conv(
             channels, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs
         )
-        self.class_token = nnx.Param(rngs.params.normal((1, 1, width)))
-        self.positions = nnx.Param(rngs.params.normal((1, tokens, width)))
+        self.class_token = nnx.Param(rngs.params.normal((1, 1, width), jnp.float32))
+        self.positions = nnx.Param(rngs.params.normal((1, tokens, width), jnp.float32))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         norm = partial(nnx.LayerNorm, epsilon=epsilon)
 
@@ -100,7 +100,7 @@ class ViT(nnx.Module):
             raise ValueError(f"images have shape {images.shape}, expected [B, *{self.image_shape}]")
         patches = self.patches(images).astype(jnp.float32)
         tokens = patches.reshape(len(images), -1, patches.shape[-1])
-        class_token = jnp.broadcast_to(self.class_token[...], (len(images), 1, tokens.shape[-1]))
+        class_token = jnp.zeros_like(tokens[:, :1]) + self.class_token[...]
         x = jnp.concatenate([class_token, tokens], axis=1) + self.positions[...]
         x = self.stack(self.dropout(x, rngs=rngs), rngs=rngs)
         return self.head(self.norm(x[:, 0]))

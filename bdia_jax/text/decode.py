@@ -161,9 +161,9 @@ def beam_search(
         rows=first_row + jnp.arange(beam_size),
         tokens=jnp.broadcast_to(jnp.reshape(jnp.asarray(bos, jnp.int32), (-1, 1)), shape),
         # all rows of a sentence start equal: only the first may be continued
-        total=jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf) + jnp.zeros(shape),
+        total=jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf) + jnp.zeros(shape, jnp.float32),
         alive=blank,
-        scores=jnp.full(shape, -jnp.inf),
+        scores=jnp.full(shape, -jnp.inf, jnp.float32),
         results=blank,
         done=jnp.zeros(batch_size, bool),
     )

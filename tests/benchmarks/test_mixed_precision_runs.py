@@ -9,7 +9,7 @@ from toy import assert_same_bits, relative_error
 from toy_models import BF16, filled
 
 from bdia_jax.models.blocks import PreNormBlock
-from bdia_jax.nnx import BDIAStack
+from bdia_jax.nnx import BDIAStack, pure_blocks
 from benchmarks import mixed_precision
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
@@ -23,7 +23,7 @@ def test_the_benchmarks_blocks_without_a_dtype_are_the_librarys_blocks():
 
     def run(make, **options):
         stack = filled(lambda: make(block, 2, rngs=nnx.Rngs(0), **options))
-        pure = stack.pure(nnx.Rngs(1), lambda block, x: block(x))
+        pure = pure_blocks(stack, nnx.Rngs(1), lambda block, x: block(x))
         params = jax.tree.map(lambda leaf: leaf[0], pure.params)
         return jax.jit(pure.block_fns[0])(params, x)[0]
 

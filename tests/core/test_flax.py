@@ -66,7 +66,7 @@ def test_attributes_can_be_set_later_and_inference_takes_what_divides():
     stack.eval()
     assert stack(X).shape == X.shape  # 6 tokens in 2 parts
     assert stack(X[:3, :5]).shape == (3, 5, 16)
-    chosen = choose_evaluation(stack, stack.blocks, X.shape, state=[], deterministic=True)
+    chosen = choose_evaluation(stack, stack.blocks, X.shape, has_state=False, deterministic=True)
     assert chosen.branches == ("f", "g")
     assert chosen.chunks == {"batch_chunks": 4, "token_chunks": (1, 2), "per_sample": True}
     stack.batch_chunks = 0
@@ -179,7 +179,7 @@ def test_aux_comes_by_branch():
 
 
 def test_nothing_asked_for_is_the_whole_block():
-    options = {"state": ["s"], "deterministic": False}
+    options = {"has_state": True, "deterministic": False}
     assert choose_evaluation(make(), object(), X.shape, **options) is WHOLE
 
 

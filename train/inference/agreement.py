@@ -10,7 +10,7 @@ from flax import nnx
 
 from bdia_jax import FixedPoint, bdia_scan
 from bdia_jax.fixed_point import dequantize, quantize
-from bdia_jax.nnx import BDIAStack, Stack
+from bdia_jax.nnx import BDIAStack, Stack, pure_blocks
 from train.tasks.task import Arrays, MetricsFn, group_size
 
 
@@ -109,7 +109,7 @@ class _Watched(BDIAStack):
 
 def _block_distance(stack: BDIAStack, x, consts, fixed_point):
     """`_distance` of what each block makes of x_k, k = 0 .. K-1, in the two formats."""
-    pure = stack.pure(stack.rngs)
+    pure = pure_blocks(stack, stack.rngs)
 
     def body(x, params_k):
         alone = jax.tree.map(lambda leaf: leaf[None], params_k)  # a stack of this one block
