@@ -72,8 +72,9 @@ class Format(NamedTuple):
 
     Attributes:
         model: its class here.
-        arguments: config.json -> arguments of `model`. Raises ValueError for a setting that is
-            not implemented, with its name and value (`check_settings` for the simple ones).
+        arguments: config.json -> arguments of `model`. Raises ValueError for a field of a wrong
+            type or range, or with a value that is not implemented, with its name and value
+            (`bdia_jax.interop.fields`).
         config: (model, config.json of the source or {}) -> all fields of config.json that the
             model decides, "model_type" and "architectures" too; other fields of the source stay.
         table: of a model, which may be abstract.
@@ -116,18 +117,3 @@ def params_of(model: Any) -> dict[str, nnx.Param]:
 def dotted(path: tuple[Any, ...]) -> str:
     """("stack", "blocks") -> "stack.blocks"."""
     return ".".join(map(str, path))
-
-
-def check_settings(config: Mapping[str, Any], implemented: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a setting that is present with a value not implemented here.
-
-    Args:
-        config: config.json.
-        implemented: setting -> the values that are; an absent one has a value that is.
-    """
-    for name, values in implemented.items():
-        if name in config and config[name] not in values:
-            raise ValueError(
-                f"config.json has {name} = {config[name]!r}, which is not implemented; "
-                f"expected {' or '.join(map(repr, values))}"
-            )
