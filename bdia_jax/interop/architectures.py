@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from bdia_jax.interop import gpt2, llama, vit
-from bdia_jax.interop.fields import REQUIRED, implemented, read_fields
+from bdia_jax.interop.fields import REQUIRED, implemented, read_fields, told_of
 from bdia_jax.interop.files import CONFIG, read_json
 from bdia_jax.interop.layout import Format
 
@@ -38,11 +38,9 @@ def read_architecture(folder: str | Path) -> Architecture:
     """
     path = Path(folder) / CONFIG
     config = read_json(path)
-    try:
-        model_type = read_fields(config, _MODEL_TYPE)["model_type"]
-        return Architecture(FORMATS[model_type].model, FORMATS[model_type].arguments(config))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with told_of(path):
+        chosen = FORMATS[read_fields(config, _MODEL_TYPE)["model_type"]]
+        return Architecture(chosen.model, chosen.arguments(config))
 
 
 def format_of(model: nnx.Module) -> Format:

@@ -1,7 +1,9 @@
 """Fields of a config.json: of which kinds they are, and how it is told what is wrong with one."""
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 REQUIRED = object()  # in place of a default
@@ -123,6 +125,15 @@ def read_fields(
                 f"{field.remedy}"
             )
     return read
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """What is wrong with fields is told with the file that has them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_divides(name: str, value: int, divisor: str, by: int) -> None:

@@ -250,7 +250,7 @@ def _traits(model: Llama) -> _Traits:
     )
 
 
-def _model_type(traits: _Traits, wanted: str | None) -> str:
+def _model_type(traits: _Traits, wanted: Any) -> str:
     """The model_type that says all a model is; `wanted` if that does.
 
     Raises:
@@ -265,8 +265,8 @@ def _model_type(traits: _Traits, wanted: str | None) -> str:
         "qwen2": plain and biases == (True, False) and plain_mlp,
         "qwen3": traits.qk_norm and all_or_none and plain_mlp,
     }
-    for model_type in (wanted, *fits):
-        if model_type and fits.get(model_type):
+    for model_type in (*(name for name in fits if name == wanted), *fits):
+        if fits[model_type]:
             return model_type
     raise ValueError(f"no model_type has {traits._asdict()}; known are {', '.join(fits)}")
 

@@ -12,7 +12,7 @@ from train.config import Config
 from train.data.tokens import Bpe, Tokenizer, open_tokenizer
 from train.loop.state import Training
 from train.run.checkpoint import Checkpoints
-from train.run.pretrained import FOLDER
+from train.run.pretrained import FOLDER, has_own_tokenizer
 from train.run.workdir import read_config
 from train.tasks import abstract_task
 
@@ -23,11 +23,14 @@ class Run(NamedTuple):
     model: in evaluation mode, of the first seed, its adapters merged.
     tokenizer: None for images, and where a Hugging Face folder has none.
     config: of the run; None for a Hugging Face folder.
+    end_tokens: each ends a text, as the checkpoint's folder says; None where it does not, so that
+        it is the tokenizer's end_of_text.
     """
 
     model: nnx.Module
     tokenizer: Tokenizer | None
     config: Config | None
+    end_tokens: tuple[int, ...] | None = None
 
 
 def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> Run:
@@ -57,8 +60,10 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
     if is_hugging_face:
         model = interop.load(path, rngs=nnx.Rngs(0))
         model.eval()
-        has_tokenizer = (path / "tokenizer.json").exists()
-        return Run(model, open_tokenizer("checkpoint", path) if has_tokenizer else None, None)
+        ends = interop.read_end_tokens(path)
+        if not (path / "tokenizer.json").exists():
+            return Run(model, None, None, ends or None)
+        return Run(model, open_tokenizer("checkpoint", path), None, ends)
     config = read_config(path)
     if not (path / "checkpoints").exists():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
@@ -72,7 +77,11 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
         state = checkpoints.restore(training.abstract_state, best=best)
     model = training.models(state)[0]
     lora.merge(model)
-    return Run(model, tokenizer, config)
+    ends = None
+    if tokenizer is not None and config.init_from and not has_own_tokenizer(config):
+        # it was trained to end with the first
+        ends = (tokenizer.end_of_text, *interop.read_end_tokens(config.init_from))
+    return Run(model, tokenizer, config, ends)
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
