@@ -146,7 +146,8 @@ def _spoil_tensor(rng, header: dict[str, Any], name: str, other: str) -> None:
     elif kind == 5:
         del header[name]
     elif kind == 6:
-        header[pick(rng, (misspelt(rng, name), "h.999999999999.ln_1.bias", ""))] = header.pop(name)
+        names = (misspelt(rng, name), "h.999999999999.ln_1.bias", "", "a\nb", "x" * 5000)
+        header[pick(rng, names)] = header.pop(name)
     else:
         entry[pick(rng, ("dtype", "shape", "data_offsets", "more"))] = pick(rng, _JSON)
 

@@ -83,6 +83,7 @@ FLAG = Field("true or false", lambda value: isinstance(value, bool))
 TEXT = Field("text", lambda value: isinstance(value, str))
 OBJECT = Field("an object", lambda value: isinstance(value, dict))
 TOKENS = either(AMOUNT, several(AMOUNT, "several in a list")).or_null()
+_ANY_TOKEN = whole(-_INT)  # some write -1 for none
 _LABELS = Field(
     'names of classes by their number, as in {"0": "cat"}',
     lambda value: (
@@ -94,7 +95,8 @@ _LABELS = Field(
 # Of every architecture. Not all are used here, but all are written back.
 COMMON = {
     "architectures": several(TEXT, "names of classes in a list").or_null(),
-    "bos_token_id": AMOUNT.or_null(),
+    "bos_token_id": _ANY_TOKEN.or_null(),
+    "pad_token_id": _ANY_TOKEN.or_null(),
     "eos_token_id": TOKENS,
     "initializer_range": SHARE.by_default(0.02),
     "use_cache": FLAG.by_default(True),

@@ -1,9 +1,11 @@
 """Hugging Face folders: config.json, and tensors in one safetensors file or several."""
 
 import json
+import reprlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16, which safetensors looks for
@@ -95,6 +97,8 @@ class Tensors:
                 f'{index} has no "weight_map" of tensor names to names of files beside it; '
                 "copy the folder again"
             )
+        for name in weight_map:
+            _check_name(name, index)
         for file in sorted(set(weight_map.values())):
             if not (self.folder / file).is_file():
                 raise FileNotFoundError(
@@ -111,10 +115,12 @@ class Tensors:
             opened = self._stack.enter_context(safe_open(path, "numpy"))
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is truncated or no safetensors file ({error}); copy it again"
+                f"{path} is truncated or no safetensors file ({shorten(str(error), 200)}); "
+                "copy it again"
             ) from error
         self._open[path] = opened
         for name in opened.keys():  # noqa: SIM118  no mapping
+            _check_name(name, path)
             if name in self._file_of:
                 raise ValueError(f"{name} is in both {self._file_of[name]} and {path}")
             self._file_of[name] = path
@@ -122,7 +128,13 @@ class Tensors:
 
 def _is_name(file: str) -> bool:
     """Whether it is a name alone, of nothing but what is beside the index."""
-    return file not in ("", ".", "..") and "\0" not in file and Path(file).name == file
+    return 0 < len(file) <= 255 and file != ".." and "\0" not in file and Path(file).name == file
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raises ValueError for a tensor's name that would not fit into a message."""
+    if len(name) > 300 or not name.isprintable():
+        raise ValueError(f"{path} has a tensor named {reprlib.repr(name)}; copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _window(model_type: str, read: Mapping[str, Any]) -> int | None:
     if model_type == "llama":
         return None
     window, kinds, depth = read["sliding_window"], read["layer_types"], read["num_hidden_layers"]
-    if kinds and len(kinds) != depth:
+    if kinds is not None and len(kinds) != depth:
         raise ValueError(
             f"layer_types are {len(kinds)}, but num_hidden_layers is {depth}; correct one of them"
         )

@@ -203,6 +203,35 @@ def test_settings_become_arguments(theirs):
     assert loaded(folder, dropout_rate=0.0).dropout.rate == 0.0
 
 
+# written, but not read here
+UNREAD = {"transformers_version", "model_type", "dtype", "encoder_stride", "pooler_act"}
+UNREAD |= {"pooler_output_size", "summary_activation", "summary_first_dropout", "summary_type"}
+UNREAD |= {"summary_proj_to_labels", "summary_use_proj"}
+
+
+@EVERY
+def test_what_they_refuse_in_a_field_is_refused_here(theirs, name, tmp_path):
+    import transformers
+
+    _, folder = theirs(name)
+    config, refused = json.loads((folder / "config.json").read_text()), 0
+    for field in config.keys() - UNREAD:
+        for value in (None, True, 2.5, "2", [1], {"a": 1}):
+            (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+            try:
+                auto_class(name).from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+            except Exception as error:
+                if (field, value) == ("attention_dropout", None):  # which Llama's may be
+                    continue
+                refused += 1
+                with pytest.raises(ValueError, match=r"config\.json: "):
+                    interop.read_architecture(tmp_path)
+                    pytest.fail(f"{field} = {value!r} is accepted; there: {error}")
+    assert refused > 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    interop.read_architecture(tmp_path)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["sharded", "bfloat16", "without the head"])
 def test_other_ways_to_save_are_read(theirs, tmp_path, kind):

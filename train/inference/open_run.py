@@ -77,11 +77,17 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
         state = checkpoints.restore(training.abstract_state, best=best)
     model = training.models(state)[0]
     lora.merge(model)
-    ends = None
-    if tokenizer is not None and config.init_from and not has_own_tokenizer(config):
-        # it was trained to end with the first
-        ends = (tokenizer.end_of_text, *interop.read_end_tokens(config.init_from))
-    return Run(model, tokenizer, config, ends)
+    return Run(model, tokenizer, config, end_tokens(config, tokenizer, path / FOLDER))
+
+
+def end_tokens(config: Config, tokenizer: Tokenizer | None, folder: Path) -> tuple[int, ...] | None:
+    """Each ends a text of a run: the one it was trained with, and those of its checkpoint.
+
+    None: it has no checkpoint with the same tokenizer.
+    """
+    if tokenizer is None or not config.init_from or has_own_tokenizer(config):
+        return None
+    return tuple(dict.fromkeys((tokenizer.end_of_text, *interop.read_end_tokens(folder))))
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
