@@ -12,7 +12,7 @@ def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
     """The ids that end a text, as transformers' `generate` takes them; () if none does.
 
     They are the eos_token_id of generation_config.json, or of config.json if there is no such
-    file. Temperature, penalties and whatever else is in it are options of `generate`, and not read.
+    file. Temperature, penalties and whatever else is in it is not read.
 
     Raises:
         FileNotFoundError: neither file is there.
@@ -29,7 +29,12 @@ def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
 
 
 def read_tokens(path: Path, name: str) -> tuple[int, ...]:
-    """The ids that a field of a file has: one, several or none."""
+    """The ids that a field of a JSON file has: one, several or none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON, or the field is neither an id nor several.
+    """
     config = read_json(path)
     with told_of(path):
         value = read_fields(config, {name: TOKENS})[name]

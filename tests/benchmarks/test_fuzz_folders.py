@@ -11,16 +11,15 @@ from benchmarks.fuzz_folders import fuzz_folders, open_folder, spoil_folder
 from benchmarks.outcome import ACCEPTED, FAILED, REFUSED, outcome_of
 from train import cli
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
 
-@pytest.mark.full
 @pytest.mark.claim("bad input gets one line")
 def test_no_folder_ends_in_another_exception(tmp_path):
-    """A twentieth of what benchmarks/results/fuzz_folders.json has, by the same function."""
-    found = fuzz_folders(tmp_path, range(100))
+    """A few of what benchmarks/results/fuzz_folders.json has, by the same function."""
+    found = fuzz_folders(tmp_path, range(60))
     assert found["failures"] == []
-    assert found["totals"][REFUSED] > 50 and found["totals"][ACCEPTED]
+    assert found["totals"][REFUSED] > 30 and found["totals"][ACCEPTED]
     assert found["spoilt"].keys() == {"config", "header", "index", "bytes", "generation"}
     for folder in ("a", "b"):
         spoil_folder(17, tmp_path / "sound", tmp_path / folder)

@@ -1,6 +1,7 @@
 """Hugging Face folders against transformers, on small random checkpoints it makes."""
 
 import json
+import shutil
 from functools import cache, partial
 
 import jax.numpy as jnp
@@ -303,3 +304,17 @@ def test_their_folder_comes_back_as_it_was(theirs, name, tmp_path):
     back = loaded_there(name, folder).state_dict()
     for path, value in model.state_dict().items():
         assert value.equal(back[path]), path
+
+
+def test_what_prepares_images_there_is_handed_on(theirs, tmp_path):
+    import transformers
+
+    _, source = theirs("vit")
+    # the one that needs no torchvision, as the newer ones do
+    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+    processor = kind(size={"height": 8, "width": 12})
+    shutil.copytree(source, tmp_path / "source")
+    processor.save_pretrained(tmp_path / "source")
+    interop.save(loaded(source), tmp_path / "new", source=tmp_path / "source")
+    again = kind.from_pretrained(tmp_path / "new")
+    assert again.to_dict() == processor.to_dict() and again.size["width"] == 12

@@ -14,7 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from bdia_jax import interop
 from train import generate
+from train.data import text
 from train.data.tokens import open_tokenizer
+from train.tasks.data_to_text import encode_sentences
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 
@@ -119,6 +121,20 @@ def test_prompts_are_encoded_as_there(theirs, kind):
     assert {1, 2} <= set(seen[PROMPTS[-1]])
 
 
+def test_what_is_put_around_a_text_is_not_put_into_one(theirs, monkeypatch):
+    """Packed documents have one end before each, and a sentence goes on with its meaning."""
+    _, _, folder = theirs("qwen3")  # whose tokenizer puts the end behind, too
+    ours, end, start = open_tokenizer("checkpoint", folder), 1, 0
+    monkeypatch.setattr(text, "read_texts", lambda *_: ((line,) for line in SENTENCES))
+    packed = text.load_text("a set", "train", "", ours, 8)
+    expected = [
+        token for line in SENTENCES for token in (end, start, *ours.encode(line, begins=False))
+    ]
+    assert packed[:, 1:].ravel().tolist() == expected[1 : packed[:, 1:].size + 1]
+    sentences, _ = encode_sentences([("a fox", "It is.")], ours, 60)
+    assert (sentences.tokens[0] == start).sum() == 1 and ours.end_of_text == end
+
+
 def written(capsys, folder, prompt, *options):
     generate.main(["--from", str(folder), "--prompt", prompt, "--temperature=0", *options])
     return capsys.readouterr().out.removesuffix("\n")
@@ -152,33 +168,33 @@ def test_texts_that_are_generated_are_equal_and_end_where_theirs_do(
     place, end = max((new.index(token), token) for token in set(new) if new.index(token) < 20)
     never = [token for token in (399, 398) if token not in new]
     lengths = []
-    for config, generation in (
-        (end, None),
-        ([never[0], end], None),
-        (never[0], [never[0], end]),
+    variants = [
+        (never[0], [never[0], end]),  # as Llama 3 Instruct was published
         ([end], never[0]),
+        ([never[0], end], None),
         (end, "none"),
-    ):
+    ]
+    for config, generation in variants if kind == "llama" else variants[:2]:
         there = tmp_path / "ends"
         described = json.loads((there / "config.json").read_text()) | {"eos_token_id": config}
         (there / "config.json").write_text(json.dumps(described))
         file = there / "generation_config.json"
         file.unlink(missing_ok=True)
         if generation is not None:
-            said = {} if generation == "none" else {"eos_token_id": generation}
-            file.write_text(json.dumps(said))
-        text, length = expected_text((*opened_there(there), there), prompt)
+            asked = {} if generation == "none" else {"eos_token_id": generation}
+            file.write_text(json.dumps(asked))
+        said, length = expected_text((*opened_there(there), there), prompt)
         # an end that is an ordinary token: they print it, here it is left out
         if length == place + 1:
             ids = tokenizer(prompt).input_ids + new[:place]
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-        assert written(capsys, there, prompt, "--num_tokens=24") == text
+            said = tokenizer.decode(ids, skip_special_tokens=True)
+        assert written(capsys, there, prompt, "--num_tokens=24") == said
         lengths.append(length)
-    assert lengths == [place + 1] * 3 + [24] * 2
+    assert lengths == [place + 1, 24, place + 1, 24][: len(lengths)]
     # control: the first end alone, as of config.json
     monkeypatch.setattr(interop, "read_end_tokens", lambda _: (never[0],))
-    full = written(capsys, there, prompt, "--num_tokens=24")
-    assert full != tokenizer.decode(ids, skip_special_tokens=True)
+    on = written(capsys, there, prompt, "--num_tokens=24")
+    assert on != tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -199,7 +215,6 @@ def test_what_is_written_is_opened_there_as_before(theirs, kind, tmp_path):
     generation = json.loads((folder / "generation_config.json").read_text())
     generation |= {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True, "top_p": 0.9}
     source = tmp_path / "source"
-    interop.copy_beside(folder, tmp_path)  # what a workdir keeps
     interop.save(interop.load(folder, rngs=nnx.Rngs(0)), source, source=folder)
     (source / "generation_config.json").write_text(json.dumps(generation))
     new = tmp_path / "new"
@@ -209,10 +224,10 @@ def test_what_is_written_is_opened_there_as_before(theirs, kind, tmp_path):
         assert getattr(model.generation_config, name) == generation[name]
     messages = [{"role": "user", "content": "Where is the fox?"}]
     chat = {"tokenize": False, "add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(messages, **chat)
-    assert again.apply_chat_template(messages, **chat) == text
-    assert again.chat_template == CHAT and "Where is the fox?<|turn|><|start|>assistant" in text
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert open_tokenizer("checkpoint", new).encode(text, special=True) == again(text).input_ids
+    said = tokenizer.apply_chat_template(messages, **chat)
+    assert again.apply_chat_template(messages, **chat) == said
+    assert again.chat_template == CHAT and "Where is the fox?<|turn|><|start|>assistant" in said
+    assert again(said).input_ids == tokenizer(said).input_ids
+    assert open_tokenizer("checkpoint", new).encode(said, special=True) == again(said).input_ids
     config = transformers.AutoConfig.from_pretrained(new)
     assert config.to_dict()["eos_token_id"] == 1 and np.ndim(config.bos_token_id) == 0
