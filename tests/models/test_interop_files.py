@@ -193,6 +193,40 @@ def test_a_truncated_file_is_named(folder, left):
     refused(folder, r"model.safetensors is truncated or no safetensors file .*copy it again")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 10**15]},
+        {"data_offsets": [4, 36]},  # of the one before, too
+        {"data_offsets": [-4, 0]},
+        {"shape": [2**62, 2**62]},
+        {"shape": [-1]},
+        {"shape": [7]},
+        {"dtype": "F64"},
+        {"dtype": "x" * 9999},
+        {"dtype": None},
+        "name\nof two lines",
+        "x" * 9999,
+    ],
+    ids=lambda each: str(each)[:30],
+)
+def test_a_damaged_header_is_named_in_one_line(folder, change):
+    file, name = folder / "model.safetensors", "transformer.ln_f.weight"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if isinstance(change, str):
+        header[change] = header.pop(name)
+    else:
+        header[name] |= change
+    written = json.dumps(header).encode()
+    file.write_bytes(len(written).to_bytes(8, "little") + written + data[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors (is truncated or|has a tensor)") as e:
+        interop.read_params(folder, abstract())
+    assert str(e.value).endswith("copy it again") and len(str(e.value)) < 500
+    assert "\n" not in str(e.value)
+
+
 def test_an_index_that_is_wrong_is_named(folder):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     refused(folder, r"neither model.safetensors nor .*safe_serialization", FileNotFoundError)
@@ -200,6 +234,9 @@ def test_an_index_that_is_wrong_is_named(folder):
     for weight_map, message in (
         (None, 'has no "weight_map"'),
         ({NAME: "../part.safetensors"}, 'has no "weight_map"'),
+        ({NAME: ".."}, 'has no "weight_map"'),
+        ({NAME: ""}, 'has no "weight_map"'),
+        ({"a\nb": "part.safetensors"}, r"index.json has a tensor named 'a\\nb'"),
         ({NAME: "part.safetensors", "x": "part.safetensors"}, r"x is not in .*part.safetensors"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
