@@ -80,7 +80,6 @@ POSITIVE = number("a number greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = number("a number from 0 on", lambda value: value >= 0)
 SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
-TEXT = Field("text", lambda value: isinstance(value, str))
 OBJECT = Field("an object", lambda value: isinstance(value, dict))
 TOKENS = either(AMOUNT, several(AMOUNT, "several in a list")).or_null()
 _ANY_TOKEN = whole(-_INT)  # some write -1 for none
@@ -88,13 +87,12 @@ _LABELS = Field(
     'names of classes by their number, as in {"0": "cat"}',
     lambda value: (
         isinstance(value, dict)
-        and all(key.isdecimal() and isinstance(label, str) for key, label in value.items())
+        and all(key.isdecimal() and type(label) in (str, int) for key, label in value.items())
     ),
 )
 
 # Of every architecture. Not all are used here, but all are written back.
 COMMON = {
-    "architectures": several(TEXT, "names of classes in a list").or_null(),
     "bos_token_id": _ANY_TOKEN.or_null(),
     "pad_token_id": _ANY_TOKEN.or_null(),
     "eos_token_id": TOKENS,

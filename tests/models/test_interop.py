@@ -205,8 +205,14 @@ def test_settings_become_arguments(theirs):
 
 
 # written, but not read here
-UNREAD = {"transformers_version", "model_type", "dtype", "encoder_stride", "pooler_act"}
-UNREAD |= {"pooler_output_size", "summary_activation", "summary_first_dropout", "summary_type"}
+UNREAD = {"transformers_version", "model_type", "architectures", "dtype", "encoder_stride"}
+UNREAD |= {
+    "pooler_act",
+    "pooler_output_size",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_type",
+}
 UNREAD |= {"summary_proj_to_labels", "summary_use_proj"}
 
 

@@ -383,7 +383,7 @@ def test_what_is_larger_than_a_description_stays(model, folder, tmp_path, monkey
     ("change", "message"),
     [
         ({"eos_token_id": "7"}, "config.json: eos_token_id is '7', expected a whole number from 0"),
-        ({"architectures": "GPT2"}, "config.json: architectures is 'GPT2', expected names"),
+        ({"use_cache": "no"}, "config.json: use_cache is 'no', expected true or false"),
         ({"id2label": {"a": "b"}}, "config.json: id2label is .*, expected names of classes"),
     ],
 )
