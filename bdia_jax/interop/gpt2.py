@@ -99,6 +99,7 @@ def table(model: GPT2) -> Table:
         prefix="transformer.",
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # masks that older files hold
         tied={"lm_head.weight": "transformer.wte.weight"},
+        depth="n_layer",
     )
 
 

@@ -59,12 +59,14 @@ class Table(NamedTuple):
         ignored: regular expressions, from where the prefix ends, of tensors that may be in a
             file and are no parameter here: buffers, the pooler.
         tied: name -> name of the same tensor: a file may have the first too, if it is equal.
+        depth: the field of config.json that has the number of blocks.
     """
 
     entries: tuple[Entry, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = {}
+    depth: str = "num_hidden_layers"
 
 
 class Format(NamedTuple):

@@ -133,7 +133,7 @@ def _find(table: Table, tensors: Tensors) -> dict[str, str]:
 def _check_names_and_shapes(table, params, read, tensors: Tensors, found) -> None:
     """Raises ValueError for a tensor that is missing, unexpected or of another shape."""
     known = set(table.tied)
-    _check_depth(params, read, tensors, found)
+    _check_depth(table, params, read, tensors, found)
     for entry in table.entries:
         shapes = entry.shapes(params)
         known |= shapes.keys()
@@ -160,7 +160,7 @@ def _check_names_and_shapes(table, params, read, tensors: Tensors, found) -> Non
             )
 
 
-def _check_depth(params, read, tensors: Tensors, found) -> None:
+def _check_depth(table: Table, params, read, tensors: Tensors, found) -> None:
     """Raises ValueError for more blocks than the files have, before each of them is looked for."""
     for entry in read:
         before, is_stacked, _ = entry.name.partition("{}")
@@ -173,7 +173,7 @@ def _check_depth(params, read, tensors: Tensors, found) -> None:
             raise ValueError(
                 f"{entry.name.format(first)} is missing in {tensors.folder}: the model has {depth} "
                 f"blocks, the files {len(there)}; take a complete checkpoint, or correct "
-                "config.json"
+                f"{table.depth} in config.json"
             )
         return  # the entries of a block are as many
 

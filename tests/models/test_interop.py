@@ -206,14 +206,8 @@ def test_settings_become_arguments(theirs):
 
 # written, but not read here
 UNREAD = {"transformers_version", "model_type", "architectures", "dtype", "encoder_stride"}
-UNREAD |= {
-    "pooler_act",
-    "pooler_output_size",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_type",
-}
-UNREAD |= {"summary_proj_to_labels", "summary_use_proj"}
+UNREAD |= {"pooler_act", "pooler_output_size", "summary_activation", "summary_first_dropout"}
+UNREAD |= {"summary_type", "summary_proj_to_labels", "summary_use_proj"}
 
 
 @EVERY

@@ -269,7 +269,7 @@ def test_a_config_that_is_none_is_named(folder, content, message):
 
 def test_more_blocks_than_the_files_hold_are_refused_from_their_headers(folder):
     change_config(folder, n_layer=2**31 - 1)
-    with pytest.raises(ValueError, match=r"h\.2\.ln_1.weight is missing .* 2147483647 blocks, the"):
+    with pytest.raises(ValueError, match=r"h\.2\.ln_1.* is missing .* 2147483647 blocks.*n_layer"):
         interop.load(folder, rngs=nnx.Rngs(0))
 
 
