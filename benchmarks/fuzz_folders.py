@@ -91,7 +91,12 @@ def _config(rng, folder: Path) -> None:
     """Fields of config.json, and of the objects in it."""
     config = json.loads((folder / CONFIG).read_text())
     objects = [config, *(value for value in config.values() if isinstance(value, dict) and value)]
-    spoil(rng, pick(rng, objects) if rng.random() < 0.3 else config, _JSON)
+    if rng.random() < 0.1:  # sizes that are large each, and enormous together
+        sizes = [name for name, value in config.items() if type(value) is int]
+        for name in rng.choice(sizes, int(rng.integers(1, 5)), replace=False):
+            config[str(name)] = int(pick(rng, (2**31 - 1, 2**31 - 2, 2**30, 1)))
+    else:
+        spoil(rng, pick(rng, objects) if rng.random() < 0.3 else config, _JSON)
     (folder / CONFIG).write_text(json.dumps(config))
 
 

@@ -41,12 +41,12 @@ class Entry(NamedTuple):
         Args:
             params: path -> parameter, which may be abstract.
         """
-        # hold no numbers: for the shapes of their views
-        arrays = [np.broadcast_to(np.float32(0), params[path].shape) for path in self.paths]
-        return {
-            name: (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
-            for name, parts in self.views(arrays)
-        }
+        stacked = "{}" in self.name
+        shapes = [tuple(params[path].shape) for path in self.paths]
+        parts = [shape[1:] if stacked else shape for shape in shapes]
+        parts = [tuple(part[axis] for axis in self.axes) if self.axes else part for part in parts]
+        shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+        return {self.name.format(k): shape for k in range(shapes[0][0] if stacked else 1)}
 
 
 class Table(NamedTuple):

@@ -48,7 +48,9 @@ _FIELDS = COMMON | {
 }
 _WINDOW = {
     "sliding_window": COUNT.or_null().by_default(4096),
-    "layer_types": several(implemented(_FULL, _SLIDING), f"{_FULL!r}s, {_SLIDING!r}s").or_null(),
+    "layer_types": several(
+        implemented(_FULL, _SLIDING), f"a list of {_FULL!r} or {_SLIDING!r}, one a layer"
+    ).or_null(),
 }
 _THETA = {"rope_theta": POSITIVE.by_default(10000.0)}
 _ROPE = {

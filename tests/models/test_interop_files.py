@@ -267,6 +267,14 @@ def test_a_config_that_is_none_is_named(folder, content, message):
         interop.load(folder, rngs=nnx.Rngs(0))
 
 
+def test_sizes_that_are_enormous_together_are_refused(folder):
+    change_config(folder, vocab_size=2**31 - 1, n_embd=2**31 - 2, n_positions=2**31 - 1)
+    with pytest.raises(
+        ValueError, match=r"wte.weight in .* \[11, 8\], but \[2147483647, 2147483646"
+    ):
+        interop.load(folder, rngs=nnx.Rngs(0))
+
+
 def test_more_blocks_than_the_files_hold_are_refused_from_their_headers(folder):
     change_config(folder, n_layer=2**31 - 1)
     with pytest.raises(ValueError, match=r"h\.2\.ln_1.* is missing .* 2147483647 blocks.*n_layer"):
