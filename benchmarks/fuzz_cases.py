@@ -215,6 +215,8 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 def spoil(rng, values: dict[str, Any], others: Any) -> None:
     """Changes, removes, renames or adds fields."""
     for _ in range(rng.integers(1, 4)):
+        if not values:
+            return
         name = pick(rng, values)
         kind = rng.integers(8)
         if kind == 0:

@@ -8,6 +8,7 @@ in floating point as in any other runtime.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,8 @@ def continue_texts(
         ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
     """
     end = tokenizer.end_of_text
-    ids = [
-        tokenizer.encode(prompt, special=True) + [end] * ends_prompts or [end] for prompt in prompts
-    ]
+    encode = partial(tokenizer.encode, special=not ends_prompts)  # as they were trained
+    ids = [encode(prompt) + [end] * ends_prompts or [end] for prompt in prompts]
     check_vocabulary(model, max(map(max, ids)))
     rows, lengths = map(jnp.asarray, pad_left(ids, 0))
     options |= {"prompt_lengths": lengths if len(set(map(len, ids))) > 1 else None}
