@@ -95,7 +95,7 @@ def config(model: ViT, source: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],
         "id2label": labels,
-        "label2id": {label: int(index) for index, label in labels.items()},
+        "label2id": {str(label): int(index) for index, label in labels.items()},
         "image_size": height if height == image_width else [height, image_width],
         "num_channels": channels,
         "patch_size": patch_size,
