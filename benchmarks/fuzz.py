@@ -9,21 +9,17 @@ with its number. Of --traced more, at smoke sizes, the training step is traced b
 config is accepted with, the program can be built from. And --processes are run as a user does.
 """
 
-import contextlib
-import io
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from absl import flags
@@ -31,6 +27,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import record
 from benchmarks.fuzz_cases import Case, make_case, make_tiny
+from benchmarks.outcome import FAILED, Outcome, outcome_of
 from train import cli
 from train.config import Config
 from train.datasets.registry import open_split
@@ -39,15 +36,6 @@ from train.run.workdir import holds_run, open_workdir, read_config
 from train.tasks import load_task, open_config
 
 _HERE = Path(__file__).parent.parent
-_SECONDS = 60  # more for one case is a failure, too
-ACCEPTED, REFUSED, USAGE, FAILED = "accepted", "refused", "usage", "failed"
-
-
-class Outcome(NamedTuple):
-    """kind: one of the four; message: what the program said."""
-
-    kind: str
-    message: str
 
 
 def run_case(case: Case, scratch: Path, train: Callable[..., Any]) -> Outcome:
@@ -59,21 +47,12 @@ def run_case(case: Case, scratch: Path, train: Callable[..., Any]) -> Outcome:
         train: stands for train.loop.train.train.
     """
     arguments = [argument.replace("{S}", str(scratch)) for argument in case.arguments]
-    said = io.StringIO()
     before = Path.cwd()
     try:
         os.chdir(scratch)
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _in_time():
-            _run(case, arguments, scratch, train)
-    except SystemExit as stop:
-        return _of_exit(stop, said.getvalue())
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return Outcome(FAILED, f"{_described(error)}")
+        return outcome_of(lambda: _run(case, arguments, scratch, train))
     finally:
         os.chdir(before)
-    return Outcome(ACCEPTED, "")
 
 
 def _run(case: Case, arguments: list[str], scratch: Path, train: Callable[..., Any]) -> None:
@@ -109,51 +88,6 @@ def traced(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     check_fits(program)
     lower_steps(program)
     return {}
-
-
-def _of_exit(stop: SystemExit, said: str) -> Outcome:
-    if stop.code in (0, None):
-        return Outcome(ACCEPTED, said)
-    if isinstance(stop.code, str):
-        cause = stop.__context__
-        bad = "Traceback" in stop.code or not stop.code.startswith("error: ")
-        if bad or (cause is not None and not _is_ours(cause)):
-            return Outcome(FAILED, f"{stop.code[:500]}\n{cause and _described(cause)}")
-        return Outcome(REFUSED, stop.code)
-    if "Traceback" in said or "usage:" not in said:
-        return Outcome(FAILED, f"status {stop.code}: {said[-500:]}")
-    return Outcome(USAGE, said)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised by a line of this repository, or is told by `cli.parse_flags`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, OSError) and error.filename is not None:
-        return True  # names the file
-    if any(frame.name == "parse_flags" for frame in frames):
-        return True
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(_HERE)
-
-
-def _described(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if Path(f.filename).is_relative_to(_HERE)][-2:]
-    lines = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*ours, *frames[-1:]]]
-    return f"{type(error).__name__}: {str(error)[:300]} [{' < '.join(reversed(lines))}]"
-
-
-@contextlib.contextmanager
-def _in_time() -> Iterator[None]:
-    def late(number, frame):
-        raise TimeoutError(f"took more than {_SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 _MODULES = {"sweep": "train.sweep", "train": "train.__main__", "launch": "train.launch"}

@@ -80,8 +80,8 @@ def make_case(seed: int) -> Case:
 def make_tiny(seed: int) -> Case:
     """A command line of `python -m train` at smoke size, with fields that some config has."""
     rng = np.random.default_rng(seed)
-    file = _pick(rng, "vit_digits gpt2_openwebtext translation_enfr gpt2_e2e")
-    run = _pick(rng, _experiment(file).RUNS)
+    file = pick(rng, "vit_digits gpt2_openwebtext translation_enfr gpt2_e2e")
+    run = pick(rng, _experiment(file).RUNS)
     fields = _fields(file)
     arguments = [f"--config={CONFIGS / file}.py:{run},smoke", "--workdir={S}/" + f"w{seed}"]
     for name in rng.choice([*fields], rng.integers(1, 4), replace=False):
@@ -93,39 +93,39 @@ def make_tiny(seed: int) -> Case:
 
 
 def _train(rng) -> Case:
-    file = _pick(rng, _files())
+    file = pick(rng, _files())
     arguments = [f"--config={_config_argument(rng, file)}", f"--workdir={_workdir(rng)}"]
     arguments += _overrides(rng, file)
     if rng.random() < 0.1:
-        name = _pick(rng, "--coordinator --num_processes --process_id")
-        arguments.append(f"{name}={_pick(rng, _NUMBER_LIKE)}")
+        name = pick(rng, "--coordinator --num_processes --process_id")
+        arguments.append(f"{name}={pick(rng, _NUMBER_LIKE)}")
     return Case("train", _spoilt(rng, arguments))
 
 
 def _sweep(rng) -> Case:
-    file = _pick(rng, _files())
+    file = pick(rng, _files())
     argument = f"{CONFIGS / file}.py" if rng.random() < 0.8 else _config_argument(rng, file)
     arguments = [f"--config={argument}", f"--workdir={_workdir(rng)}"]
     arguments += _overrides(rng, file)
     if rng.random() < 0.5:
-        arguments.append(f"--scale={_pick(rng, ('smoke', 'small', 'smok', *TEXTS[24:34]))}")
+        arguments.append(f"--scale={pick(rng, ('smoke', 'small', 'smok', *TEXTS[24:34]))}")
     if rng.random() < 0.5:
-        arguments.append(f"--runs={_pick(rng, 'bdia plain bdai bdia,plain , []')}")
+        arguments.append(f"--runs={pick(rng, 'bdia plain bdai bdia,plain , []')}")
     return Case("sweep", _spoilt(rng, arguments))
 
 
 def _config(rng) -> Case:
     """A config as a program may make it: any Python value in any field."""
-    values = _flat_values(_pick(rng, _files()))
-    _spoil(rng, values, VALUES)
+    values = _flat_values(pick(rng, _files()))
+    spoil(rng, values, VALUES)
     return Case("config", [], _nested(values))
 
 
 def _config_json(rng) -> Case:
     """A config.json: fields changed, or bytes of it."""
-    values = _flat_values(_pick(rng, _files()))
+    values = _flat_values(pick(rng, _files()))
     plain = [v for v in VALUES if isinstance(v, bool | int | float | str | list | dict | None)]
-    _spoil(rng, values, [v for v in plain if v not in (10**5000, {1: 2})])
+    spoil(rng, values, [v for v in plain if v not in (10**5000, {1: 2})])
     data = bytearray(json.dumps(values).encode())
     kind = rng.integers(4)
     if kind == 0:
@@ -134,24 +134,24 @@ def _config_json(rng) -> Case:
         for place in rng.integers(len(data), size=rng.integers(1, 4)):
             data[place] ^= 1 << rng.integers(8)
     elif kind == 2 and rng.random() < 0.3:
-        data = bytearray(_pick(rng, (b"", b"[]", b"3", b"null", b'"x"', b"{}", b"[" * 100_000)))
+        data = bytearray(pick(rng, (b"", b"[]", b"3", b"null", b'"x"', b"{}", b"[" * 100_000)))
     return Case("config.json", [], bytes(data))
 
 
 def _sweep_all(rng) -> Case:
     arguments = ["--all", "--out={S}/out", "--workdir={S}/all"]
     if rng.random() < 0.5:
-        arguments += ["--scale", _pick(rng, ("smoke", "", "small", "smok", *_NUMBER_LIKE))]
+        arguments += ["--scale", pick(rng, ("smoke", "", "small", "smok", *_NUMBER_LIKE))]
     fields = _fields("vit_digits")
     arguments += [
-        "--set=" + _pick(rng, ("", "x", _pick(rng, fields) + "=")) + _pick(rng, TEXTS)
+        "--set=" + pick(rng, ("", "x", pick(rng, fields) + "=")) + pick(rng, TEXTS)
         for _ in range(rng.integers(0, 3))
     ]
     return Case("sweep", _spoilt(rng, arguments))
 
 
 def _launch(rng) -> Case:
-    arguments = [f"--processes={_pick(rng, TEXTS)}", f"--devices={_pick(rng, _NUMBER_LIKE)}"]
+    arguments = [f"--processes={pick(rng, TEXTS)}", f"--devices={pick(rng, _NUMBER_LIKE)}"]
     return Case("launch", _spoilt(rng, arguments[: rng.integers(0, 3)]))
 
 
@@ -161,22 +161,22 @@ def _report(rng) -> Case:
 
 def _prepare(rng) -> Case:
     names = ("cifar10", "cifar100", "kaggle_enfr", "openwebtext_sample", "e2e", "digits")
-    arguments = [_pick(rng, (*names, *TEXTS)), f"--from={_folder(rng)}"]
+    arguments = [pick(rng, (*names, *TEXTS)), f"--from={_folder(rng)}"]
     arguments += [f"--data_dir={_folder(rng)}"] * bool(rng.integers(2))
     return Case("prepare", _spoilt(rng, [*arguments, *["--unverified"] * bool(rng.integers(2))]))
 
 
 def _generate(rng) -> Case:
-    arguments = [f"--from={_folder(rng)}", f"--prompt={_pick(rng, TEXTS)}"]
+    arguments = [f"--from={_folder(rng)}", f"--prompt={pick(rng, TEXTS)}"]
     options = ("num_tokens", "temperature", "top_k", "seed", "beam_size", "length_penalty")
     options += ("no_repeat_ngram", "tokenizer", "source", "prompt_file", "data_dir")
-    arguments += [f"--{_pick(rng, options)}={_pick(rng, TEXTS)}" for _ in range(rng.integers(3))]
+    arguments += [f"--{pick(rng, options)}={pick(rng, TEXTS)}" for _ in range(rng.integers(3))]
     return Case("generate", _spoilt(rng, arguments))
 
 
 def _evaluate(rng) -> Case:
     options = ("dataset", "split", "tokenizer", "length", "batch_size", "frac_bits", "out")
-    changes = [f"--{_pick(rng, options)}={_pick(rng, TEXTS)}" for _ in range(rng.integers(3))]
+    changes = [f"--{pick(rng, options)}={pick(rng, TEXTS)}" for _ in range(rng.integers(3))]
     return Case("evaluate", _spoilt(rng, [f"--from={_folder(rng)}", *changes]))
 
 
@@ -212,35 +212,37 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _spoil(rng, values: dict[str, Any], others: Any) -> None:
+def spoil(rng, values: dict[str, Any], others: Any) -> None:
     """Changes, removes, renames or adds fields."""
     for _ in range(rng.integers(1, 4)):
-        name = _pick(rng, values)
+        if not values:
+            return
+        name = pick(rng, values)
         kind = rng.integers(8)
         if kind == 0:
             del values[name]
         elif kind == 1:
-            values[_misspelt(rng, name)] = values.pop(name)
+            values[misspelt(rng, name)] = values.pop(name)
         elif kind == 2:
-            values[name.split(".")[0]] = _pick(rng, others)
+            values[name.split(".")[0]] = pick(rng, others)
         else:
-            values[name] = _pick(rng, others)
+            values[name] = pick(rng, others)
 
 
 def _config_argument(rng, file: str) -> str:
     path = f"{CONFIGS / file}.py"
     experiment = _experiment(file)
-    words = [_pick(rng, experiment.RUNS), _pick(rng, experiment.SCALES)]
+    words = [pick(rng, experiment.RUNS), pick(rng, experiment.SCALES)]
     kind = rng.integers(12)
     if kind == 0:
-        words[0] = _misspelt(rng, words[0])
+        words[0] = misspelt(rng, words[0])
     elif kind == 1:
-        words = [_pick(rng, TEXTS)]
+        words = [pick(rng, TEXTS)]
     elif kind == 2:
         words += words
     elif kind == 3:
         files = "{S}/no.py {S}/file {S} {S}/broken.py {S}/raises.py {S}/none.py"
-        path = _pick(rng, (_pick(rng, files), _misspelt(rng, path), _pick(rng, TEXTS)))
+        path = pick(rng, (pick(rng, files), misspelt(rng, path), pick(rng, TEXTS)))
     elif kind < 6:
         return path
     return f"{path}:{','.join(words)}"
@@ -249,28 +251,28 @@ def _config_argument(rng, file: str) -> str:
 def _overrides(rng, file: str) -> list[str]:
     fields, changes = _fields(file), []
     for _ in range(rng.choice(4, p=(0.1, 0.4, 0.3, 0.2))):
-        name = _pick(rng, fields)
+        name = pick(rng, fields)
         kind = rng.integers(10)
         text = _sensible(rng, name, fields[name])
         if kind == 0:
-            name = _misspelt(rng, name)
+            name = misspelt(rng, name)
         elif kind == 1:
-            name = _pick(rng, "model input mesh lora . model. a.b.c model.x")
+            name = pick(rng, "model input mesh lora . model. a.b.c model.x")
         if kind in (1, 2, 3, 4):
-            text = _pick(rng, TEXTS)
-        changes += _pick(rng, ([f"--config.{name}={text}"] * 1, [f"--config.{name}", text]))
+            text = pick(rng, TEXTS)
+        changes += pick(rng, ([f"--config.{name}={text}"] * 1, [f"--config.{name}", text]))
     return changes
 
 
 def _sensible(rng, name: Any, kind: Any) -> str:
     known = _SENSIBLE.get(name) or _SENSIBLE.get(kind)
-    return _pick(rng, known or TEXTS)
+    return pick(rng, known or TEXTS)
 
 
 def _folder(rng) -> str:
     """Where a folder or a file is expected."""
     known = "./ empty file no/such workdir sweep others damaged file/below"
-    return _pick(rng, TEXTS) if rng.random() < 0.2 else "{S}/" + _pick(rng, known)
+    return pick(rng, TEXTS) if rng.random() < 0.2 else "{S}/" + pick(rng, known)
 
 
 def _workdir(rng) -> str:
@@ -283,18 +285,18 @@ def _spoilt(rng, arguments: list[str]) -> list[str]:
     place = int(rng.integers(len(arguments) + 1))
     if kind == 0:
         more = "--workdri=x x -- - --= --config. --no --flagfile={S}/no --config --flagfile={S}"
-        arguments.insert(place, _pick(rng, ("", _pick(rng, more), "--undefok=x")))
+        arguments.insert(place, pick(rng, ("", pick(rng, more), "--undefok=x")))
     elif kind == 1 and arguments:
         del arguments[min(place, len(arguments) - 1)]
     elif kind == 2 and arguments:
         place = min(place, len(arguments) - 1)
-        arguments[place] = _misspelt(rng, arguments[place])
+        arguments[place] = misspelt(rng, arguments[place])
     elif kind == 3:
         arguments.reverse()
     return [re.sub("^--(pdb|run_with|help|profile)", "--x", argument) for argument in arguments]
 
 
-def _misspelt(rng, word: str) -> str:
+def misspelt(rng, word: str) -> str:
     if not word:
         return "x"
     place = int(rng.integers(len(word)))
@@ -303,7 +305,7 @@ def _misspelt(rng, word: str) -> str:
     return word[:place] + ("", letter * 2, "_")[kind] + word[place + 1 :]
 
 
-def _pick(rng, choices: Any) -> Any:
+def pick(rng, choices: Any) -> Any:
     """One of several, or of the words of a text."""
     choices = choices.split() if isinstance(choices, str) else [*choices]
     return choices[int(rng.integers(len(choices)))]

@@ -2,8 +2,9 @@
 
     python -m train.export --from runs/e2e --to exported
 
-Adapters are merged. The folder has config.json, model.safetensors and, of a byte-pair encoding,
-tokenizer.json.
+Adapters are merged. The folder has config.json and model.safetensors; of a byte-pair encoding
+tokenizer.json; and of a run that started from a checkpoint what the checkpoint's folder held beside
+weights and code: tokenizer, chat template, generation_config.json, licence.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from bdia_jax import interop
 from train.cli import parse_args, told
 from train.data.tokens import Bpe
 from train.inference.open_run import Run, open_run
-from train.run.pretrained import FOLDER
+from train.run.pretrained import FOLDER, has_own_tokenizer
 
 
 def export(workdir: Path, folder: Path, data_dir: str = "") -> None:
@@ -29,21 +30,22 @@ def export(workdir: Path, folder: Path, data_dir: str = "") -> None:
         raise ValueError(f"{workdir} is a Hugging Face folder already")
     with tempfile.TemporaryDirectory() as made:
         source = workdir / FOLDER
-        if not source.exists():
-            source = Path(made)
-            _describe(run, source)
+        if not run.config.init_from or has_own_tokenizer(run.config):
+            source = _describe(run, workdir, Path(made))
         interop.save(run.model, folder, source=source)
 
 
-def _describe(run: Run, folder: Path) -> None:
-    """What config.json has to say besides the architecture, and the tokenizer."""
-    settings = {}
+def _describe(run: Run, workdir: Path, folder: Path) -> Path:
+    """The folder, with what config.json has to say besides the architecture, and the tokenizer."""
+    file = workdir / FOLDER / "config.json"
+    settings = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if run.tokenizer is not None:
         end = run.tokenizer.end_of_text
-        settings = {"bos_token_id": end, "eos_token_id": end}
+        settings |= {"bos_token_id": end, "eos_token_id": end}
     (folder / "config.json").write_text(json.dumps(settings), "utf-8")
     if isinstance(run.tokenizer, Bpe):
         run.tokenizer.save(folder / "tokenizer.json")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:

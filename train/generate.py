@@ -8,6 +8,7 @@ in floating point as in any other runtime.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def continue_texts(
     num_tokens: int,
     *,
     ends_prompts: bool = False,
+    end_tokens: Sequence[int] | None = None,
     **options: Any,
 ) -> list[str]:
     """What the model writes behind each prompt, up to the end of the text or num_tokens tokens.
@@ -42,22 +44,33 @@ def continue_texts(
         prompts: all continued at once; an empty one begins a new text.
         num_tokens: at most.
         ends_prompts: end of text comes behind each prompt, as `train.tasks.data_to_text` trains.
+        end_tokens: each ends a text; None: the tokenizer's end of text alone.
         options: of `generate_beam` if there is a beam_size, else of `generate`.
 
     Raises:
         ValueError: a tokenizer with more tokens than the model; as `generate`, `generate_beam`.
     """
     end = tokenizer.end_of_text
-    ids = [tokenizer.encode(prompt) + [end] * ends_prompts or [end] for prompt in prompts]
+    encode = partial(tokenizer.encode, special=not ends_prompts)  # as they were trained
+    ids = [encode(prompt) + [end] * ends_prompts or [end] for prompt in prompts]
     check_vocabulary(model, max(map(max, ids)))
-    rows, lengths = map(jnp.asarray, pad_left(ids, end))
+    rows, lengths = map(jnp.asarray, pad_left(ids, 0))
     options |= {"prompt_lengths": lengths if len(set(map(len, ids))) > 1 else None}
+    options["end_token"] = ends = (end,) if end_tokens is None else tuple(end_tokens)
     if options.get("beam_size"):
-        new = generate_beam(model, rows, num_tokens, end_token=end, **options)[0]
+        new = generate_beam(model, rows, num_tokens, **options)[0]
     else:
-        new = generate(model, rows, num_tokens, end_token=end, **options)[:, rows.shape[1] :]
+        new = generate(model, rows, num_tokens, **options)[:, rows.shape[1] :]
+    return [_new_text(tokenizer, *each, ends) for each in zip(ids, new.tolist(), strict=True)]
+
+
+def _new_text(tokenizer: Tokenizer, prompt: list[int], new: list[int], ends: Sequence[int]) -> str:
+    """What is new, up to the first token that ends it, as it reads behind the prompt."""
+    length = next((place for place, token in enumerate(new) if token in ends), len(new))
     # a vocabulary padded to a round number has tokens that mean nothing
-    return [tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in new.tolist()]
+    known = [token for token in new[:length] if token < tokenizer.vocab_size]
+    # a text's first token may lose its space
+    return tokenizer.decode(prompt + known)[len(tokenizer.decode(prompt)) :]
 
 
 def check_vocabulary(model: Any, largest: int) -> None:
@@ -106,9 +119,8 @@ def run(args: argparse.Namespace) -> str:
     else:
         options = {"temperature": args.temperature, "top_k": args.top_k or None}
         options["key"] = jax.random.key(args.seed)
-    new = continue_texts(
-        model, tokenizer, prompts, args.num_tokens, ends_prompts=ends_prompts, **options
-    )
+    options |= {"ends_prompts": ends_prompts, "end_tokens": opened.end_tokens}
+    new = continue_texts(model, tokenizer, prompts, args.num_tokens, **options)
     between = "\n" * ends_prompts
     texts = [prompt + between + after for prompt, after in zip(prompts, new, strict=True)]
     return "\n==========\n".join(texts)

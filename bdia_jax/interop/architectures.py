@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from bdia_jax.interop import gpt2, llama, vit
+from bdia_jax.interop.fields import REQUIRED, implemented, read_fields, told_of
 from bdia_jax.interop.files import CONFIG, read_json
 from bdia_jax.interop.layout import Format
 
@@ -15,6 +16,9 @@ FORMATS: dict[str, Format] = {
     "vit": vit.FORMAT,
     **dict.fromkeys(llama.MODEL_TYPES, llama.FORMAT),
 }
+
+
+_MODEL_TYPE = {"model_type": implemented(*sorted(FORMATS))._replace(default=REQUIRED)}
 
 
 class Architecture(NamedTuple):
@@ -29,21 +33,14 @@ def read_architecture(folder: str | Path) -> Architecture:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it is not JSON, of an unknown model_type, lacks a setting, or has a setting
-            that is not implemented here.
+        ValueError: it is not JSON, of an unknown model_type, lacks a field, or has one of a wrong
+            type or range, or with a value that is not implemented here.
     """
     path = Path(folder) / CONFIG
     config = read_json(path)
-    model_type = config.get("model_type")
-    if model_type not in FORMATS:
-        raise ValueError(
-            f"{path} has model_type {model_type!r}, expected one of {', '.join(sorted(FORMATS))}"
-        )
-    chosen = FORMATS[model_type]
-    try:
+    with told_of(path):
+        chosen = FORMATS[read_fields(config, _MODEL_TYPE)["model_type"]]
         return Architecture(chosen.model, chosen.arguments(config))
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}, which a {model_type} needs") from error
 
 
 def format_of(model: nnx.Module) -> Format:

@@ -1,9 +1,11 @@
 """Hugging Face folders: config.json, and tensors in one safetensors file or several."""
 
 import json
+import reprlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16, which safetensors looks for
@@ -79,24 +81,26 @@ class Tensors:
 
     def _open_files(self):
         single, index = self.folder / TENSORS, self.folder / INDEX
-        if single.exists():
+        if single.is_file():
             self._add(single)
             return
-        if not index.exists():
+        if not index.is_file():
             raise FileNotFoundError(
                 f"{self.folder} holds neither {TENSORS} nor {INDEX}; "
                 "save the model there with save_pretrained(..., safe_serialization=True)"
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+            isinstance(file, str) and _is_name(file) for file in weight_map.values()
         ):
             raise ValueError(
                 f'{index} has no "weight_map" of tensor names to names of files beside it; '
                 "copy the folder again"
             )
+        for name in weight_map:
+            _check_name(name, index)
         for file in sorted(set(weight_map.values())):
-            if not (self.folder / file).exists():
+            if not (self.folder / file).is_file():
                 raise FileNotFoundError(
                     f"{self.folder / file} is not there, but {INDEX} names it; "
                     "copy the missing file"
@@ -109,15 +113,28 @@ class Tensors:
     def _add(self, path: Path):
         try:
             opened = self._stack.enter_context(safe_open(path, "numpy"))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is truncated or no safetensors file ({error}); copy it again"
+                f"{path} is truncated or no safetensors file ({shorten(str(error), 200)}); "
+                "copy it again"
             ) from error
         self._open[path] = opened
         for name in opened.keys():  # noqa: SIM118  no mapping
+            _check_name(name, path)
             if name in self._file_of:
                 raise ValueError(f"{name} is in both {self._file_of[name]} and {path}")
             self._file_of[name] = path
+
+
+def _is_name(file: str) -> bool:
+    """Whether it is a name alone, of nothing but what is beside the index."""
+    return 0 < len(file) <= 255 and file != ".." and "\0" not in file and Path(file).name == file
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raises ValueError for a tensor's name that would not fit into a message."""
+    if len(name) > 300 or not name.isprintable():
+        raise ValueError(f"{path} has a tensor named {reprlib.repr(name)}; copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not there; expected a Hugging Face folder")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")

@@ -3,32 +3,52 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bdia_jax.interop.layout import Entry, Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.interop.fields import (
+    COMMON,
+    COUNT,
+    NOT_NEGATIVE,
+    SHARE,
+    check_divides,
+    implemented,
+    read_fields,
+)
+from bdia_jax.interop.layout import Entry, Format, Table, linear, norm, tensor
 from bdia_jax.models.gpt2 import GPT2
 
-_IMPLEMENTED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+_FIELDS = COMMON | {
+    "vocab_size": COUNT,
+    "n_positions": COUNT,
+    "n_embd": COUNT,
+    "n_layer": COUNT,
+    "n_head": COUNT,
+    "n_inner": COUNT.or_null(),
+    "layer_norm_epsilon": NOT_NEGATIVE.by_default(1e-5),
+    "resid_pdrop": SHARE.by_default(0.1),
+    "embd_pdrop": SHARE.by_default(0.1),
+    "attn_pdrop": SHARE.by_default(0.1),
+    "activation_function": implemented("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": implemented(True),
+    "scale_attn_by_inverse_layer_idx": implemented(False),
+    "reorder_and_upcast_attn": implemented(False),
+    "add_cross_attention": implemented(False),
+    "tie_word_embeddings": implemented(True),
 }
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `GPT2`. dropout_rate is resid_pdrop; attn_pdrop, of weights, is not used."""
-    check_settings(config, _IMPLEMENTED)
-    width = config["n_embd"]
+    read = read_fields(config, _FIELDS)
+    width = read["n_embd"]
+    check_divides("n_embd", width, "n_head", read["n_head"])
     return {
-        "vocab_size": config["vocab_size"],
-        "max_len": config["n_positions"],
+        "vocab_size": read["vocab_size"],
+        "max_len": read["n_positions"],
         "width": width,
-        "depth": config["n_layer"],
-        "num_heads": config["n_head"],
-        "mlp_dim": config.get("n_inner") or 4 * width,
-        "epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "dropout_rate": config.get("resid_pdrop", 0.1),
+        "depth": read["n_layer"],
+        "num_heads": read["n_head"],
+        "mlp_dim": read["n_inner"] or 4 * width,
+        "epsilon": read["layer_norm_epsilon"],
+        "dropout_rate": read["resid_pdrop"],
     }
 
 
@@ -79,6 +99,7 @@ def table(model: GPT2) -> Table:
         prefix="transformer.",
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # masks that older files hold
         tied={"lm_head.weight": "transformer.wte.weight"},
+        depth="n_layer",
     )
 
 

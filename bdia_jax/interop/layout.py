@@ -41,12 +41,12 @@ class Entry(NamedTuple):
         Args:
             params: path -> parameter, which may be abstract.
         """
-        # hold no numbers: for the shapes of their views
-        arrays = [np.broadcast_to(np.float32(0), params[path].shape) for path in self.paths]
-        return {
-            name: (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
-            for name, parts in self.views(arrays)
-        }
+        stacked = "{}" in self.name
+        shapes = [tuple(params[path].shape) for path in self.paths]
+        parts = [shape[1:] if stacked else shape for shape in shapes]
+        parts = [tuple(part[axis] for axis in self.axes) if self.axes else part for part in parts]
+        shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+        return {self.name.format(k): shape for k in range(shapes[0][0] if stacked else 1)}
 
 
 class Table(NamedTuple):
@@ -59,12 +59,14 @@ class Table(NamedTuple):
         ignored: regular expressions, from where the prefix ends, of tensors that may be in a
             file and are no parameter here: buffers, the pooler.
         tied: name -> name of the same tensor: a file may have the first too, if it is equal.
+        depth: the field of config.json that has the number of blocks.
     """
 
     entries: tuple[Entry, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     tied: Mapping[str, str] = {}
+    depth: str = "num_hidden_layers"
 
 
 class Format(NamedTuple):
@@ -72,8 +74,9 @@ class Format(NamedTuple):
 
     Attributes:
         model: its class here.
-        arguments: config.json -> arguments of `model`. Raises ValueError for a setting that is
-            not implemented, with its name and value (`check_settings` for the simple ones).
+        arguments: config.json -> arguments of `model`. Raises ValueError for a field of a wrong
+            type or range, or with a value that is not implemented, with its name and value
+            (`bdia_jax.interop.fields`).
         config: (model, config.json of the source or {}) -> all fields of config.json that the
             model decides, "model_type" and "architectures" too; other fields of the source stay.
         table: of a model, which may be abstract.
@@ -116,18 +119,3 @@ def params_of(model: Any) -> dict[str, nnx.Param]:
 def dotted(path: tuple[Any, ...]) -> str:
     """("stack", "blocks") -> "stack.blocks"."""
     return ".".join(map(str, path))
-
-
-def check_settings(config: Mapping[str, Any], implemented: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a setting that is present with a value not implemented here.
-
-    Args:
-        config: config.json.
-        implemented: setting -> the values that are; an absent one has a value that is.
-    """
-    for name, values in implemented.items():
-        if name in config and config[name] not in values:
-            raise ValueError(
-                f"config.json has {name} = {config[name]!r}, which is not implemented; "
-                f"expected {' or '.join(map(repr, values))}"
-            )

@@ -4,52 +4,107 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.interop.fields import (
+    AMOUNT,
+    COMMON,
+    COUNT,
+    FLAG,
+    NOT_NEGATIVE,
+    OBJECT,
+    POSITIVE,
+    SHARE,
+    Field,
+    check_divides,
+    implemented,
+    number,
+    read_fields,
+    several,
+)
+from bdia_jax.interop.layout import Format, Table, linear, norm, tensor
 from bdia_jax.models.llama import Llama
 from bdia_jax.models.rope import RopeScaling
 
-# model_type -> what its settings are where config.json leaves them out
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128},
-}
-_IMPLEMENTED = {
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_WHOLE_HEAD = Field("1", lambda value: value in (1, None), None, "nothing else is implemented")
+_FIELDS = COMMON | {
+    "vocab_size": COUNT,
+    "max_position_embeddings": COUNT,
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT.or_null(),
+    "head_dim": COUNT.or_null(),
+    "intermediate_size": COUNT,
+    "rms_norm_eps": NOT_NEGATIVE.by_default(1e-6),
+    "tie_word_embeddings": FLAG.by_default(False),
+    "attention_dropout": SHARE.or_null(),
+    "rope_scaling": OBJECT.or_null(),
+    "rope_parameters": OBJECT.or_null(),
+    "hidden_act": implemented("silu"),
+    "pretraining_tp": implemented(1, None),
+    "partial_rotary_factor": _WHOLE_HEAD,
+    "attn_logit_softcapping": implemented(None),
+    "final_logit_softcapping": implemented(None),
+}
+_WINDOW = {
+    "sliding_window": COUNT.or_null().by_default(4096),
+    "layer_types": several(
+        implemented(_FULL, _SLIDING), f"a list of {_FULL!r} or {_SLIDING!r}, one a layer"
+    ).or_null(),
+}
+_THETA = {"rope_theta": POSITIVE.by_default(10000.0)}
+_ROPE = {
+    "rope_type": implemented("default", "linear", "llama3"),
+    "partial_rotary_factor": _WHOLE_HEAD,
+}
+_FACTOR = number("a number from 1 on", lambda value: value >= 1)
+_QWEN = _WINDOW | {
+    "num_key_value_heads": COUNT.or_null().by_default(32),
+    "use_sliding_window": FLAG.by_default(False),
+    "max_window_layers": AMOUNT.by_default(28),
+}
+_BIAS = {"attention_bias": FLAG.by_default(False)}
+# model_type -> the fields that others do not have, or with another default
+_OF_TYPE: dict[str, dict[str, Field]] = {
+    "llama": _BIAS | {"mlp_bias": FLAG.by_default(False)},
+    "mistral": _WINDOW | {"num_key_value_heads": COUNT.by_default(8)},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | _BIAS | {"head_dim": COUNT.by_default(128)},
+}
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Llama`. attention_dropout, of weights, is not used."""
-    check_settings(config, _IMPLEMENTED)
     model_type = config["model_type"]
-    config = _DEFAULTS[model_type] | dict(config)
-    theta, scaling = _rope(config)
-    attention_bias = model_type in ("llama", "qwen3") and config.get("attention_bias", False)
+    read = read_fields(config, _FIELDS | _OF_TYPE[model_type])
+    theta, scaling = _rope(config, read)
+    width, num_heads = read["hidden_size"], read["num_attention_heads"]
+    num_kv_heads, head_dim = read["num_key_value_heads"], read["head_dim"]
+    if head_dim is None:
+        check_divides("hidden_size", width, "num_attention_heads", num_heads)
+    turned = head_dim or width // num_heads
+    if turned % 2:
+        raise ValueError(f"head_dim is {turned}, expected an even number: pairs are turned")
+    check_divides("num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads or 1)
+    attention_bias = read.get("attention_bias", False)
     return {
-        "vocab_size": config["vocab_size"],
-        "max_len": config["max_position_embeddings"],
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim"),
-        "mlp_dim": config["intermediate_size"],
+        "vocab_size": read["vocab_size"],
+        "max_len": read["max_position_embeddings"],
+        "width": width,
+        "depth": read["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "mlp_dim": read["intermediate_size"],
         "rope_theta": theta,
         "rope_scaling": scaling,
         "qkv_bias": attention_bias or model_type == "qwen2",
         "out_bias": attention_bias,
         "qk_norm": model_type == "qwen3",
-        "sliding_window": _window(config),
-        "mlp_bias": model_type == "llama" and config.get("mlp_bias", False),
-        "epsilon": config.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "sliding_window": _window(model_type, read),
+        "mlp_bias": read.get("mlp_bias", False),
+        "epsilon": read["rms_norm_eps"],
+        "tie_embeddings": read["tie_word_embeddings"],
     }
 
 
@@ -127,60 +182,52 @@ def table(model: Llama) -> Table:
         tied[head] = "model.embed_tokens.weight"
     else:
         entries += tensor("head", head)
-    ignored = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # tables that older files hold
+    # tables that older files hold, of each layer or of the model
+    ignored = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     return Table(entries=entries, prefix="model.", ignored=ignored, tied=tied)
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(config: Mapping[str, Any], read: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of rope_theta and rope_scaling, or of the newer rope_parameters."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    settings = dict(config.get(key) or {})
-    theta = settings.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    rope_type = settings.pop("rope_type", None) or settings.get("type", "default")
-    settings.pop("type", None)
-    if rope_type not in ("default", "linear", "llama3") or settings.get(
-        "partial_rotary_factor", 1
-    ) not in (1, None):
-        raise ValueError(
-            f"config.json has {key} = {config[key]!r}, which is not implemented; expected "
-            "rope_type 'default', 'linear' or 'llama3', of the whole head"
-        )
+    group = "rope_scaling" if read["rope_scaling"] else "rope_parameters"
+    settings = dict(read[group] or {})
+    if settings.get("rope_type") is None:  # the older name
+        settings["rope_type"] = settings.get("type", "default")
+    within = f"{group}."
+    place = (settings, within) if "rope_theta" in settings else (config, "")
+    theta = read_fields(place[0], _THETA, place[1])["rope_theta"]
+    rope_type = read_fields(settings, _ROPE, within)["rope_type"]
     if rope_type == "default":
         return theta, None
-    settings["original_max_position_embeddings"] = config.get(
-        "original_max_position_embeddings",
-        settings.get("original_max_position_embeddings", config["max_position_embeddings"]),
-    )
-    names = ["factor"]
+    names, length = {"factor": _FACTOR}, "original_max_position_embeddings"
     if rope_type == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    if missing := [name for name in names if settings.get(name) is None]:
-        raise ValueError(
-            f"config.json has {key} = {config[key]!r}, without the {missing[0]} that a "
-            f"{rope_type!r} needs"
-        )
-    return theta, RopeScaling(rope_type, **{name: settings[name] for name in names})
+        names |= {"low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE}
+        names[length] = COUNT.by_default(read["max_position_embeddings"])
+        if length in config:
+            settings[length] = config[length]
+    return theta, RopeScaling(rope_type, **read_fields(settings, names, within))
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
+def _window(model_type: str, read: Mapping[str, Any]) -> int | None:
     """The sliding window that all blocks have, or None."""
-    if config["model_type"] == "llama":
+    if model_type == "llama":
         return None
-    if config["model_type"] == "mistral":
-        kinds = set(config.get("layer_types") or [])
-        window = config["sliding_window"]
-    else:
-        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-        depth, first = config["num_hidden_layers"], config["max_window_layers"]
-        layers = [_SLIDING if window is not None and k >= first else _FULL for k in range(depth)]
-        kinds = set(config.get("layer_types") or layers)
-    if len(kinds) > 1 or not kinds <= {_FULL, _SLIDING}:
+    window, kinds, depth = read["sliding_window"], read["layer_types"], read["num_hidden_layers"]
+    if kinds is not None and len(kinds) != depth:
         raise ValueError(
-            f"config.json has sliding_window = {window!r} in some layers only (layer_types = "
-            f"{config.get('layer_types')!r}, max_window_layers = "
-            f"{config.get('max_window_layers')!r}), which is not implemented; all blocks are alike"
+            f"layer_types are {len(kinds)}, but num_hidden_layers is {depth}; correct one of them"
         )
-    return None if kinds == {_FULL} else window
+    if model_type != "mistral":
+        window = window if read["use_sliding_window"] else None
+        first = depth if window is None else min(read["max_window_layers"], depth)
+        kinds = kinds or [_FULL] * (first > 0) + [_SLIDING] * (first < depth)
+    if len(set(kinds or [])) > 1:
+        raise ValueError(
+            f"sliding_window is {window} in some layers only (by layer_types, or "
+            f"max_window_layers = {read.get('max_window_layers')}), which is not implemented; all "
+            "blocks are alike"
+        )
+    return None if kinds and kinds[0] == _FULL else window
 
 
 class _Traits(NamedTuple):
@@ -205,7 +252,7 @@ def _traits(model: Llama) -> _Traits:
     )
 
 
-def _model_type(traits: _Traits, wanted: str | None) -> str:
+def _model_type(traits: _Traits, wanted: Any) -> str:
     """The model_type that says all a model is; `wanted` if that does.
 
     Raises:
@@ -220,11 +267,11 @@ def _model_type(traits: _Traits, wanted: str | None) -> str:
         "qwen2": plain and biases == (True, False) and plain_mlp,
         "qwen3": traits.qk_norm and all_or_none and plain_mlp,
     }
-    for model_type in (wanted, *fits):
-        if model_type and fits.get(model_type):
+    for model_type in (*(name for name in fits if name == wanted), *fits):
+        if fits[model_type]:
             return model_type
     raise ValueError(f"no model_type has {traits._asdict()}; known are {', '.join(fits)}")
 
 
 FORMAT = Format(Llama, arguments, config, table)
-MODEL_TYPES = tuple(_DEFAULTS)
+MODEL_TYPES = tuple(_OF_TYPE)

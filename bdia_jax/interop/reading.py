@@ -133,6 +133,7 @@ def _find(table: Table, tensors: Tensors) -> dict[str, str]:
 def _check_names_and_shapes(table, params, read, tensors: Tensors, found) -> None:
     """Raises ValueError for a tensor that is missing, unexpected or of another shape."""
     known = set(table.tied)
+    _check_depth(table, params, read, tensors, found)
     for entry in table.entries:
         shapes = entry.shapes(params)
         known |= shapes.keys()
@@ -157,6 +158,24 @@ def _check_names_and_shapes(table, params, read, tensors: Tensors, found) -> Non
                 f"{name} in {tensors.file(name)} is no tensor of this model; does config.json "
                 "belong to it, and is the model as deep as it says?"
             )
+
+
+def _check_depth(table: Table, params, read, tensors: Tensors, found) -> None:
+    """Raises ValueError for more blocks than the files have, before each of them is looked for."""
+    for entry in read:
+        before, is_stacked, _ = entry.name.partition("{}")
+        if not is_stacked:
+            continue
+        there = {name[len(before) :].split(".")[0] for name in found if name.startswith(before)}
+        depth = params[entry.paths[0]].shape[0]
+        if depth > len(there):
+            first = next(k for k in range(depth) if str(k) not in there)
+            raise ValueError(
+                f"{entry.name.format(first)} is missing in {tensors.folder}: the model has {depth} "
+                f"blocks, the files {len(there)}; take a complete checkpoint, or correct "
+                f"{table.depth} in config.json"
+            )
+        return  # the entries of a block are as many
 
 
 def _check_tied(table: Table, tensors: Tensors, found: dict[str, str]) -> None:

@@ -6,7 +6,20 @@ from typing import Any
 
 import jax
 
-from bdia_jax.interop.layout import Format, Table, check_settings, linear, norm, tensor
+from bdia_jax.interop.fields import (
+    COMMON,
+    COUNT,
+    FLAG,
+    NOT_NEGATIVE,
+    SHARE,
+    Field,
+    check_divides,
+    either,
+    implemented,
+    read_fields,
+    several,
+)
+from bdia_jax.interop.layout import Format, Table, linear, norm, tensor
 from bdia_jax.models.attention import Attention
 from bdia_jax.models.blocks import MLP, gelu
 from bdia_jax.models.vit import ViT
@@ -19,32 +32,53 @@ _ACTIVATIONS = {
 }
 
 
+_PAIR = Field("[height, width]", lambda value: several(COUNT, "").fits(value) and len(value) == 2)
+_FIELDS = COMMON | {
+    "image_size": either(COUNT, _PAIR),
+    "patch_size": either(COUNT, _PAIR),
+    "num_channels": COUNT.by_default(3),
+    "num_labels": COUNT.by_default(None),
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "intermediate_size": COUNT,
+    "layer_norm_eps": NOT_NEGATIVE.by_default(1e-12),
+    "hidden_dropout_prob": SHARE.by_default(0.0),
+    "attention_probs_dropout_prob": SHARE.by_default(0.0),
+    "qkv_bias": FLAG.by_default(True),
+    "hidden_act": implemented(*_ACTIVATIONS),
+}
+
+
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `ViT`.
 
     dropout_rate is hidden_dropout_prob; attention_probs_dropout_prob, of weights, is not used.
     """
-    check_settings(config, {"hidden_act": tuple(_ACTIVATIONS)})
-    height, width = _pair(config["image_size"])
-    patch_size, patch_width = _pair(config["patch_size"])
+    read = read_fields(config, _FIELDS)
+    height, image_width = _pair(read["image_size"])
+    patch_size, patch_width = _pair(read["patch_size"])
     if patch_size != patch_width:
         raise ValueError(
-            f"config.json has patch_size = {config['patch_size']}; only square patches are "
-            "implemented"
+            f"patch_size is {read['patch_size']}, expected height and width to be equal; "
+            "nothing else is implemented"
         )
-    labels = config.get("id2label") or range(config.get("num_labels", 2))
+    for side in (height, image_width):
+        check_divides("image_size", side, "patch_size", patch_size)
+    width, num_heads = read["hidden_size"], read["num_attention_heads"]
+    check_divides("hidden_size", width, "num_attention_heads", num_heads)
     return {
-        "image_shape": (height, width, config.get("num_channels", 3)),
-        "num_classes": len(labels),
+        "image_shape": (height, image_width, read["num_channels"]),
+        "num_classes": read["num_labels"] or len(read["id2label"] or range(2)),
         "patch_size": patch_size,
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "epsilon": config.get("layer_norm_eps", 1e-12),
-        "dropout_rate": config.get("hidden_dropout_prob", 0.0),
-        "attention": partial(Attention, qkv_bias=config.get("qkv_bias", True)),
-        "mlp": partial(MLP, activation=_ACTIVATIONS[config.get("hidden_act", "gelu")]),
+        "width": width,
+        "depth": read["num_hidden_layers"],
+        "num_heads": num_heads,
+        "mlp_dim": read["intermediate_size"],
+        "epsilon": read["layer_norm_eps"],
+        "dropout_rate": read["hidden_dropout_prob"],
+        "attention": partial(Attention, qkv_bias=read["qkv_bias"]),
+        "mlp": partial(MLP, activation=_ACTIVATIONS[read["hidden_act"]]),
     }
 
 
@@ -61,7 +95,7 @@ def config(model: ViT, source: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],
         "id2label": labels,
-        "label2id": {label: int(index) for index, label in labels.items()},
+        "label2id": {str(label): int(index) for index, label in labels.items()},
         "image_size": height if height == image_width else [height, image_width],
         "num_channels": channels,
         "patch_size": patch_size,

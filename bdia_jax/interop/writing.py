@@ -1,6 +1,5 @@
 """A model as a Hugging Face folder."""
 
-import json
 import math
 import os
 import shutil
@@ -14,26 +13,12 @@ from safetensors.numpy import save_file
 
 from bdia_jax.baselines import FloatBDIAStack
 from bdia_jax.interop.architectures import format_of
+from bdia_jax.interop.beside import copy_beside, without_code, write_json
+from bdia_jax.interop.fields import COMMON, read_fields, told_of
 from bdia_jax.interop.files import CONFIG, INDEX, TENSORS, check_finite, read_json
 from bdia_jax.interop.layout import Entry, params_of
 from bdia_jax.interop.reading import check_covered
 from bdia_jax.nnx import BDIAStack
-
-# of a source: what text and images are turned into arrays by, and how text is generated
-_BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 def save(
@@ -53,9 +38,10 @@ def save(
         model: GPT2, ViT or Llama of `bdia_jax.models`, in training mode or not.
         folder: where to; it must not exist, or be empty. It appears when it is complete: the
             files are written into a folder beside it first, which is removed if that fails.
-        source: the Hugging Face folder the model came from. Settings of its config.json that do
-            not describe the model (special tokens, names of classes) and its tokenizer are
-            taken over.
+        source: the Hugging Face folder the model came from. Fields of its config.json that do
+            not describe the model (special tokens, names of classes) are taken over, and all
+            files that are neither weights nor code (`copy_beside`): tokenizer, chat template,
+            generation_config.json, licence. What names code ("auto_map") is not.
         max_shard_bytes: model.safetensors is split into files of at most so many bytes (a
             tensor is never split). One is in memory at a time, beside a copy of the parameters
             where they are on another device.
@@ -63,6 +49,7 @@ def save(
     Raises:
         ValueError: a folder with something in it, a model that has no Hugging Face format, whose
             stack is not the plain transformer at inference, or a parameter that is not finite.
+            Fields of the source's config.json of another type than transformers takes.
         FileNotFoundError: a source without config.json.
     """
     folder = Path(folder)
@@ -73,10 +60,17 @@ def save(
     params = {path: param[...] for path, param in params_of(model).items()}
     table = layout.table(model)
     check_covered(table, params)
-    inherited = {} if source is None else read_json(Path(source) / CONFIG)
+    inherited = {} if source is None else _read_inherited(Path(source) / CONFIG)
     config = inherited | layout.config(model, inherited) | {"dtype": "float32"}
     config.pop("torch_dtype", None)  # the older name of dtype
     _write_whole(folder, table.entries, params, config, source, max_shard_bytes)
+
+
+def _read_inherited(path: Path) -> dict[str, Any]:
+    config = without_code(read_json(path))
+    with told_of(path):
+        read_fields(config, COMMON)
+    return config
 
 
 def _check_stack(stack: Any) -> None:
@@ -99,12 +93,10 @@ def _write_whole(folder: Path, entries, params, config, source, max_shard_bytes)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()
     try:
-        _write_json(unfinished / CONFIG, config)
+        write_json(unfinished / CONFIG, config)
         _write_tensors(unfinished, entries, params, max_shard_bytes)
         if source is not None:
-            for name in _BESIDE:
-                if (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, unfinished / name)
+            copy_beside(source, unfinished)
         if folder.exists():
             folder.rmdir()  # empty; not every system renames onto it
         unfinished.rename(folder)
@@ -125,7 +117,7 @@ def _write_tensors(folder: Path, entries, params, max_shard_bytes: int) -> None:
         weight_map |= dict.fromkeys(shard, file)
     total = sum(4 * param.size for param in params.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
 def _shards(entries, params, max_shard_bytes: int) -> list[dict[str, Entry]]:
@@ -153,7 +145,3 @@ def _write_shard(file: Path, shard: Mapping[str, Entry], params: Mapping[str, An
                 check_finite(name, values[name], "the model")
     save_file(values, file, metadata={"format": "pt"})  # transformers asks for it
     shutil.copymode(file.with_name(CONFIG), file)  # safetensors lets only the owner read it
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
 """Sampling and beam search, over any step function that keeps its own cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 EARLY_STOPPING = (True, False, "never")
@@ -20,7 +21,7 @@ def sample(
     logits: jax.Array,
     num_tokens: int,
     choose: Callable[[jax.Array, jax.Array], jax.Array],
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
 ) -> jax.Array:
     """Tokens chosen one after another, int32 [B, num_tokens]; stops when all have ended.
 
@@ -34,12 +35,14 @@ def sample(
         end_token: as in `generate`.
     """
 
+    ends = end_tokens(end_token)
+
     def pick(logits, index, ended):
         tokens = choose(logits, index)
-        if end_token is None:
+        if not ends:
             return tokens, ended
-        tokens = jnp.where(ended, end_token, tokens)
-        return tokens, tokens == end_token
+        tokens = jnp.where(ended, ends[0], tokens)
+        return tokens, is_end(tokens, ends)
 
     def going(carry):
         index, *_, ended, _ = carry
@@ -52,9 +55,19 @@ def sample(
         return index + 1, state, tokens, ended, out.at[:, index].set(tokens)
 
     tokens, ended = pick(logits, jnp.int32(0), jnp.zeros(len(logits), bool))
-    fill = 0 if end_token is None else end_token
+    fill = ends[0] if ends else 0
     out = jnp.full((len(logits), num_tokens), fill, jnp.int32).at[:, 0].set(tokens)
     return jax.lax.while_loop(going, body, (jnp.int32(1), state, tokens, ended, out))[-1]
+
+
+def end_tokens(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One, several or none, as a tuple; each of them once."""
+    return () if given is None else tuple(dict.fromkeys(np.atleast_1d(given).tolist()))
+
+
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool, of the tokens' shape."""
+    return jnp.isin(tokens, jnp.asarray(ends, jnp.int32))
 
 
 def beam_search(
@@ -66,7 +79,7 @@ def beam_search(
     beam_size: int,
     length_penalty: float | jax.Array | Callable[[Any], Any] = 0.6,
     bos: int | jax.Array,
-    eos: int,
+    eos: int | Sequence[int],
     pad: int = 0,
     early_stopping: bool | str = False,
     constrain: Constrain | None = None,
@@ -74,11 +87,11 @@ def beam_search(
     """(tokens int32 [B, beam, max_len], scores float32 [B, beam]), the best first.
 
     The algorithm of Hugging Face's `generate(num_beams=)`. beam_size sequences are alive, those of
-    greatest log-probability. Of the 2 beam_size likeliest continuations the ones that do not end
-    live on; those among the first beam_size that do end, or have max_len tokens, are results. The
-    beam_size results of best score are kept, the score being log-probability / penalty(tokens),
-    eos included. A beam of V^(max_len - 1) is exhaustive, with early_stopping "never"; one of 1
-    is greedy, with early_stopping True.
+    greatest log-probability. Of the 2 beam_size likeliest continuations, (1 + n) beam_size with n
+    tokens that end one, those that do not end live on; those among the first beam_size that do
+    end, or have max_len tokens, are results. The beam_size results of best score are kept, the
+    score being log-probability / penalty(tokens), eos included. A beam of V^(max_len - 1) is
+    exhaustive, with early_stopping "never"; one of 1 is greedy, with early_stopping True.
 
     Args:
         step: (state, rows int32 [B * beam], tokens int32 [B * beam], i) -> (state, logits
@@ -92,8 +105,8 @@ def beam_search(
             `length_power(alpha)` is Hugging Face's. 0 ranks by log-probability, which favours
             short sequences.
         bos: token a sequence starts with, not returned; one for all or int32 [B].
-        eos: token that ends it.
-        pad: what comes after eos. Never chosen itself, unless it is eos.
+        eos: token that ends it, or several of which each does.
+        pad: what comes after eos. Never chosen itself, unless it is an eos.
         early_stopping: when a search ends before max_len. True: with beam_size results. False:
             once the likeliest living sequence, scored as it is, would not be among these.
             "never": once it cannot come among them with any number of tokens to max_len.
@@ -102,7 +115,8 @@ def beam_search(
     Raises:
         ValueError: a beam of less than one, pad as a bos, an unknown early_stopping.
     """
-    _check(beam_size, bos, eos, pad, early_stopping)
+    ends = end_tokens(eos)
+    _check(beam_size, bos, ends, pad, early_stopping)
     penalty = length_penalty if callable(length_penalty) else gnmt_penalty(length_penalty)
     first_row = beam_size * jnp.arange(batch_size)[:, None]
     shape = (batch_size, beam_size)
@@ -115,26 +129,27 @@ def beam_search(
             beam.state, beam.rows.reshape(-1), beam.tokens.reshape(-1), beam.length
         )
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(*shape, -1)
-        if pad != eos:
+        if pad not in ends:
             is_pad = jnp.arange(log_probs.shape[-1]) == pad
             log_probs = jnp.where(is_pad, -jnp.inf, log_probs)
         if constrain is not None:
             log_probs = constrain(log_probs, beam.alive, beam.length)
 
-        # each sequence ends in one way only, so half of these go on
+        # each sequence ends in so many ways only, so beam_size of these go on
         candidates = (beam.total[..., None] + log_probs).reshape(batch_size, -1)
-        total, best = jax.lax.top_k(candidates, 2 * beam_size)
+        count = beam_size * min(max(2, 1 + len(ends)), log_probs.shape[-1])
+        total, best = jax.lax.top_k(candidates, count)
         parent, tokens = jnp.divmod(best, log_probs.shape[-1])
         alive = _take(beam.alive, parent).at[:, :, beam.length].set(tokens)
         length = beam.length + 1
-        ends = (tokens == eos) | (length == max_len)
+        stops = is_end(tokens, ends) | (length == max_len)
 
-        is_result = ends & (jnp.arange(2 * beam_size) < beam_size) & ~beam.done[:, None]
+        is_result = stops & (jnp.arange(count) < beam_size) & ~beam.done[:, None]
         score = jnp.where(is_result, total / penalty(length), -jnp.inf)
         scores, kept = jax.lax.top_k(jnp.concatenate([beam.scores, score], axis=1), beam_size)
         results = _take(jnp.concatenate([beam.results, alive], axis=1), kept)
 
-        total, on = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), beam_size)
+        total, on = jax.lax.top_k(jnp.where(stops, -jnp.inf, total), beam_size)
         return _Beam(
             length=length,
             state=state,
@@ -245,11 +260,11 @@ def _take(array: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(array, index, axis=1)
 
 
-def _check(beam_size, bos, eos, pad, early_stopping) -> None:
-    starts_with_pad = pad != eos and isinstance(bos, int) and bos == pad
+def _check(beam_size, bos, ends, pad, early_stopping) -> None:
+    starts_with_pad = pad not in ends and isinstance(bos, int) and bos == pad
     if beam_size < 1 or starts_with_pad:
         raise ValueError(
-            f"beam_size is {beam_size}, bos {bos}, eos {eos}; expected a beam of at least 1 and "
+            f"beam_size is {beam_size}, bos {bos}, eos {ends}; expected a beam of at least 1 and "
             f"a bos other than the padding {pad}"
         )
     if early_stopping not in EARLY_STOPPING:

@@ -4,6 +4,7 @@
 model, the whole loop in one jit.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from bdia_jax.models.cache import Cache
-from bdia_jax.text.decode import beam_search, forbid_ngrams, length_power, sample
+from bdia_jax.text.decode import beam_search, end_tokens, forbid_ngrams, length_power, sample
 from bdia_jax.text.step import at_inference, beam_step, cached_step, of_rows
 
 
@@ -56,7 +57,7 @@ def generate(
     key: jax.Array | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
 ) -> jax.Array:
     """The prompt and the tokens the model continues it with, int32 [B, T0 + num_tokens].
 
@@ -74,7 +75,8 @@ def generate(
         key: of the draws; only temperature 0 needs none.
         temperature: divides the logits; 0 takes the likeliest token (greedy).
         top_k: draw among that many likeliest tokens; None: among all.
-        end_token: once drawn, every further token of that sequence is this one.
+        end_token: once drawn, every further token of that sequence is this one. Several: the first
+            of them comes behind whichever was drawn.
 
     Raises:
         ValueError: more tokens than model.max_len, prompt_lengths that do not fit, a negative
@@ -94,7 +96,7 @@ def generate(
         )
     graphdef, state = nnx.split(model)
     arrays = prompt, prompt_lengths, key, temperature or None
-    return _generate(graphdef, state, *arrays, num_tokens, top_k, end_token)
+    return _generate(graphdef, state, *arrays, num_tokens, top_k, end_tokens(end_token))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_tokens", "top_k", "end_token"))
@@ -169,7 +171,7 @@ def generate_beam(
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
     ngrams_of_prompt: bool = True,
-    end_token: int,
+    end_token: int | Sequence[int],
     early_stopping: bool | str = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(tokens int32 [B, num_tokens], scores float32 [B]): the best continuation found.
@@ -186,7 +188,8 @@ def generate_beam(
             recipe for E2E NLG has 0.9, a beam of 10 and no_repeat_ngram 4.
         no_repeat_ngram: n > 0: no n tokens in a row that prompt and continuation had before.
         ngrams_of_prompt: False: that the continuation alone had before, as in LoRA's programs.
-        end_token: ends a continuation, and fills what is behind it. None of the vocabulary: no end.
+        end_token: ends a continuation, and fills what is behind it. Several: each ends it, the
+            first of them fills. None of the vocabulary: no end.
         early_stopping: as in `beam_search`.
 
     Raises:
@@ -195,9 +198,8 @@ def generate_beam(
     _check_lengths(model, prompt, num_tokens, prompt_lengths)
     if no_repeat_ngram < 0:
         raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}, expected 0 for none, or more")
-    search = _Search(
-        num_tokens, beam_size, no_repeat_ngram, ngrams_of_prompt, end_token, early_stopping
-    )
+    ends = end_tokens(end_token) or (-1,)  # nothing is it
+    search = _Search(num_tokens, beam_size, no_repeat_ngram, ngrams_of_prompt, ends, early_stopping)
     graphdef, state = nnx.split(model)
     arrays = prompt, prompt_lengths, length_penalty
     tokens, scores = _generate_beam(graphdef, state, *arrays, search)
@@ -211,7 +213,7 @@ class _Search(NamedTuple):
     beam_size: int
     no_repeat_ngram: int
     ngrams_of_prompt: bool
-    end_token: int
+    end_token: tuple[int, ...]
     early_stopping: bool | str
 
 
@@ -240,7 +242,7 @@ def _generate_beam(graphdef, state, prompt, lengths, length_penalty, search: _Se
         length_penalty=length_power(length_penalty),
         bos=prompt[:, -1],
         eos=search.end_token,
-        pad=search.end_token,
+        pad=search.end_token[0],
         early_stopping=search.early_stopping,
         constrain=constrain,
     )

@@ -3,8 +3,9 @@
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks.fuzz import ACCEPTED, FAILED, REFUSED, USAGE, checked, fuzz, make_scratch, run_case
+from benchmarks.fuzz import checked, fuzz, make_scratch, run_case
 from benchmarks.fuzz_cases import CONFIGS, Case, make_case
+from benchmarks.outcome import ACCEPTED, FAILED, REFUSED, USAGE
 from configs import vit_digits
 from train.config import Config
 from train.tasks import open_config

@@ -99,12 +99,13 @@ def test_draws_have_the_probabilities_of_the_softmax(gpt2):
 def test_after_the_end_token_there_is_nothing_else(gpt2):
     draw = partial(generate, gpt2, PROMPT, NEW, key=KEY, temperature=2.0)
     free = np.asarray(draw())
-    end = int(free[0, 5])
-    stopped = np.asarray(draw(end_token=end))
+    ends = [int(free[0, 5]), int(free[1, 4])]  # of which the first fills
+    stopped = np.asarray(draw(end_token=ends))
     for a, b in zip(free[:, 4:], stopped[:, 4:], strict=True):
-        ended = np.cumsum(a == end) > 0
-        np.testing.assert_array_equal(b, np.where(ended, end, a))
-    assert np.any(free != stopped)
+        is_end = np.isin(a, ends)
+        behind = np.cumsum(is_end) - is_end > 0
+        np.testing.assert_array_equal(b, np.where(behind, ends[0], a))
+    assert np.any(free != stopped) and ends[1] in stopped[1]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +209,10 @@ def test_a_full_beam_finds_the_best_of_all_sequences(n, of_prompt):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("early_stopping", [False, True])
-def test_tokens_and_scores_are_those_of_transformers(early_stopping, tmp_path):
+@pytest.mark.parametrize(
+    ("early_stopping", "ends"), [(False, [END]), (True, [END]), (False, [END, 3]), (True, [2, END])]
+)
+def test_tokens_and_scores_are_those_of_transformers(early_stopping, ends, tmp_path):
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     from bdia_jax import interop
 
@@ -233,6 +236,7 @@ def test_tokens_and_scores_are_those_of_transformers(early_stopping, tmp_path):
             length_penalty=alpha,
             no_repeat_ngram_size=2,
             early_stopping=early_stopping,
+            eos_token_id=ends,
             do_sample=False,
             return_dict_in_generate=True,
             output_scores=True,
@@ -245,14 +249,18 @@ def test_tokens_and_scores_are_those_of_transformers(early_stopping, tmp_path):
             beam_size=3,
             length_penalty=alpha,
             no_repeat_ngram=2,
-            end_token=END,
+            end_token=ends,
             early_stopping=early_stopping,
         )
         theirs_new = expected.sequences[:, 5:].numpy()
-        theirs_new = np.pad(theirs_new, ((0, 0), (0, 6 - theirs_new.shape[1])), constant_values=END)
+        # behind the end they have their padding, and we the first end
+        stopped = np.cumsum(np.isin(theirs_new, ends), axis=1) - np.isin(theirs_new, ends) > 0
+        theirs_new = np.where(stopped, ends[0], theirs_new)
+        missing = ((0, 0), (0, 6 - theirs_new.shape[1]))
+        theirs_new = np.pad(theirs_new, missing, constant_values=ends[0])
         np.testing.assert_array_equal(tokens, theirs_new)
         np.testing.assert_allclose(scores, expected.sequences_scores.numpy(), atol=1e-4)
-        lengths_found |= set(np.sum(theirs_new != END, axis=1).tolist())
+        lengths_found |= set(np.sum(~np.isin(theirs_new, ends), axis=1).tolist())
     assert len(lengths_found) > 2
 
 

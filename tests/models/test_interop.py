@@ -1,6 +1,7 @@
 """Hugging Face folders against transformers, on small random checkpoints it makes."""
 
 import json
+import shutil
 from functools import cache, partial
 
 import jax.numpy as jnp
@@ -203,6 +204,35 @@ def test_settings_become_arguments(theirs):
     assert loaded(folder, dropout_rate=0.0).dropout.rate == 0.0
 
 
+# written, but not read here
+UNREAD = {"transformers_version", "model_type", "architectures", "dtype", "encoder_stride"}
+UNREAD |= {"pooler_act", "pooler_output_size", "summary_activation", "summary_first_dropout"}
+UNREAD |= {"summary_type", "summary_proj_to_labels", "summary_use_proj"}
+
+
+@EVERY
+def test_what_they_refuse_in_a_field_is_refused_here(theirs, name, tmp_path):
+    import transformers
+
+    _, folder = theirs(name)
+    config, refused = json.loads((folder / "config.json").read_text()), 0
+    for field in config.keys() - UNREAD:
+        for value in (None, True, 2.5, "2", [1], {"a": 1}):
+            (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+            try:
+                auto_class(name).from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+            except Exception as error:
+                if (field, value) == ("attention_dropout", None):  # which Llama's may be
+                    continue
+                refused += 1
+                with pytest.raises(ValueError, match=r"config\.json: "):
+                    interop.read_architecture(tmp_path)
+                    pytest.fail(f"{field} = {value!r} is accepted; there: {error}")
+    assert refused > 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    interop.read_architecture(tmp_path)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["sharded", "bfloat16", "without the head"])
 def test_other_ways_to_save_are_read(theirs, tmp_path, kind):
@@ -274,3 +304,17 @@ def test_their_folder_comes_back_as_it_was(theirs, name, tmp_path):
     back = loaded_there(name, folder).state_dict()
     for path, value in model.state_dict().items():
         assert value.equal(back[path]), path
+
+
+def test_what_prepares_images_there_is_handed_on(theirs, tmp_path):
+    import transformers
+
+    _, source = theirs("vit")
+    # the one that needs no torchvision, as the newer ones do
+    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+    processor = kind(size={"height": 8, "width": 12})
+    shutil.copytree(source, tmp_path / "source")
+    processor.save_pretrained(tmp_path / "source")
+    interop.save(loaded(source), tmp_path / "new", source=tmp_path / "source")
+    again = kind.from_pretrained(tmp_path / "new")
+    assert again.to_dict() == processor.to_dict() and again.size["width"] == 12

@@ -14,7 +14,8 @@ from toy_models import small
 
 from bdia_jax import interop, lora
 from bdia_jax.baselines import MidpointStack
-from bdia_jax.interop.layout import Entry, check_settings
+from bdia_jax.interop import beside
+from bdia_jax.interop.layout import Entry
 from bdia_jax.models.gpt2 import GPT2
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -192,6 +193,40 @@ def test_a_truncated_file_is_named(folder, left):
     refused(folder, r"model.safetensors is truncated or no safetensors file .*copy it again")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 10**15]},
+        {"data_offsets": [4, 36]},  # of the one before, too
+        {"data_offsets": [-4, 0]},
+        {"shape": [2**62, 2**62]},
+        {"shape": [-1]},
+        {"shape": [7]},
+        {"dtype": "F64"},
+        {"dtype": "x" * 9999},
+        {"dtype": None},
+        "name\nof two lines",
+        "x" * 9999,
+    ],
+    ids=lambda each: str(each)[:30],
+)
+def test_a_damaged_header_is_named_in_one_line(folder, change):
+    file, name = folder / "model.safetensors", "transformer.ln_f.weight"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if isinstance(change, str):
+        header[change] = header.pop(name)
+    else:
+        header[name] |= change
+    written = json.dumps(header).encode()
+    file.write_bytes(len(written).to_bytes(8, "little") + written + data[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors (is truncated or|has a tensor)") as e:
+        interop.read_params(folder, abstract())
+    assert str(e.value).endswith("copy it again") and len(str(e.value)) < 500
+    assert "\n" not in str(e.value)
+
+
 def test_an_index_that_is_wrong_is_named(folder):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     refused(folder, r"neither model.safetensors nor .*safe_serialization", FileNotFoundError)
@@ -199,6 +234,9 @@ def test_an_index_that_is_wrong_is_named(folder):
     for weight_map, message in (
         (None, 'has no "weight_map"'),
         ({NAME: "../part.safetensors"}, 'has no "weight_map"'),
+        ({NAME: ".."}, 'has no "weight_map"'),
+        ({NAME: ""}, 'has no "weight_map"'),
+        ({"a\nb": "part.safetensors"}, r"index.json has a tensor named 'a\\nb'"),
         ({NAME: "part.safetensors", "x": "part.safetensors"}, r"x is not in .*part.safetensors"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -214,9 +252,11 @@ def test_an_index_that_is_wrong_is_named(folder):
         (None, "config.json is not there"),
         ("{", "config.json is not JSON"),
         ("[1]", "config.json holds a list"),
-        ("{}", "model_type None, expected one of .*gpt2.*vit"),
-        ('{"model_type": "bert"}', "model_type 'bert', expected one of"),
-        ('{"model_type": "gpt2"}', "config.json has no 'n_embd'"),
+        ("[" * 10**5, "config.json is not JSON .*copy it again"),
+        ("{}", "config.json: no field model_type, expected .*'gpt2'.*'vit'"),
+        ('{"model_type": "bert"}', "model_type is 'bert', expected .*nothing else is implemented"),
+        ('{"model_type": ["gpt2"]}', r"model_type is \['gpt2'\], expected"),
+        ('{"model_type": "gpt2"}', "config.json: no field vocab_size, expected a whole number"),
     ],
 )
 def test_a_config_that_is_none_is_named(folder, content, message):
@@ -227,30 +267,18 @@ def test_a_config_that_is_none_is_named(folder, content, message):
         interop.load(folder, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"activation_function": "gelu"},
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"reorder_and_upcast_attn": True},
-        {"add_cross_attention": True},
-        {"tie_word_embeddings": False},
-        {"model_type": "vit", "image_size": 8, "patch_size": [4, 2]},
-        {"model_type": "vit", "hidden_act": "quick_gelu"},
-    ],
-    ids=lambda setting: list(setting)[-1],
-)
-def test_a_setting_that_is_not_implemented_is_named(folder, setting):
-    change_config(folder, **setting)
-    name = list(setting)[-1]
-    with pytest.raises(ValueError, match=rf"{name} = .*implemented"):
-        interop.read_architecture(folder)
+def test_sizes_that_are_enormous_together_are_refused(folder):
+    change_config(folder, vocab_size=2**31 - 1, n_embd=2**31 - 2, n_positions=2**31 - 1)
+    with pytest.raises(
+        ValueError, match=r"wte.weight in .* \[11, 8\], but \[2147483647, 2147483646"
+    ):
+        interop.load(folder, rngs=nnx.Rngs(0))
 
 
-def test_an_absent_setting_is_the_default():
-    check_settings({}, {"n": (1,)})
-    with pytest.raises(ValueError, match="n = 2, which is not implemented; expected 1 or 3"):
-        check_settings({"n": 2}, {"n": (1, 3)})
+def test_more_blocks_than_the_files_hold_are_refused_from_their_headers(folder):
+    change_config(folder, n_layer=2**31 - 1)
+    with pytest.raises(ValueError, match=r"h\.2\.ln_1.* is missing .* 2147483647 blocks.*n_layer"):
+        interop.load(folder, rngs=nnx.Rngs(0))
 
 
 # --- saving --------------------------------------------------------------------------
@@ -312,28 +340,78 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(
     assert left_in(tmp_path) == []
 
 
-def test_the_source_hands_on_its_tokenizer_and_its_settings(model, folder, tmp_path):
-    change_config(folder, eos_token_id=7, note="mine", torch_dtype="bfloat16", n_embd=99)
-    for name in ("tokenizer.json", "merges.txt", "README.md"):
-        (folder / name).write_text(name)
+KEPT = [
+    *("LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "merges.txt"),
+    *("my_rules.yaml", "preprocessor_config.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "vocab.json"),
+]
+LEFT = [
+    *("pytorch_model.bin", "tf_model.h5", "model.GGUF", "training_args.bin", "optimizer.pt"),
+    *("pytorch_model.bin.index.json", "model-00001-of-00002.safetensors", "adapter_config.json"),
+    *("modeling_mine.py", "kernel.so", ".gitattributes"),
+]
+
+
+def test_the_source_hands_on_all_but_weights_and_code(model, folder, tmp_path):
+    changes = {"eos_token_id": [7, 8], "note": "mine", "torch_dtype": "bfloat16", "n_embd": 99}
+    code = {"auto_map": {"AutoConfig": "modeling_mine.Config"}, "quantization_config": {}}
+    change_config(folder, **changes, **code)
+    for name in KEPT + LEFT:
+        (folder / name).write_text("{}" if name.endswith("json") else name)
+    (folder / "tokenizer_config.json").write_text(json.dumps(code | {"eos_token": "auto_map"}))
+    (folder / "vocab.json").write_text('{"auto_map": 3}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "onnx").mkdir()
+    (folder / "link.txt").symlink_to(folder / "LICENSE")  # as the Hub's cache has them
+    new = tmp_path / "new"
+    interop.save(model, new, source=folder)
+    written = ["additional_chat_templates", "config.json", "link.txt", "model.safetensors"]
+    assert left_in(new) == sorted(KEPT + written)
+    assert left_in(new / "additional_chat_templates") == ["tools.jinja"]
+    assert not (new / "link.txt").is_symlink() and (new / "link.txt").read_text() == "LICENSE"
+    for name in set(KEPT) - {"tokenizer_config.json"}:
+        assert (new / name).read_bytes() == (folder / name).read_bytes()
+    assert json.loads((new / "tokenizer_config.json").read_text()) == {"eos_token": "auto_map"}
+    config = json.loads((new / "config.json").read_text())
+    assert config["eos_token_id"] == [7, 8] and config["note"] == "mine"
+    assert config["n_embd"] == 8 and config["dtype"] == "float32"
+    assert not {"torch_dtype", *code} & config.keys()
+
+
+def test_what_is_larger_than_a_description_stays(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(beside, "_MOST_BYTES", 5)
+    (folder / "weights.new").write_text("123456")
+    (folder / "note").write_text("12345")
     interop.save(model, tmp_path / "new", source=folder)
-    taken = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
-    assert left_in(tmp_path / "new") == taken
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["eos_token_id"] == 7 and config["note"] == "mine"
-    assert config["n_embd"] == 8 and config["dtype"] == "float32" and "torch_dtype" not in config
+    assert left_in(tmp_path / "new") == ["config.json", "model.safetensors", "note"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": "7"}, "config.json: eos_token_id is '7', expected a whole number from 0"),
+        ({"use_cache": "no"}, "config.json: use_cache is 'no', expected true or false"),
+        ({"id2label": {"a": "b"}}, "config.json: id2label is .*, expected names of classes"),
+    ],
+)
+def test_wrong_fields_are_not_handed_on(model, folder, tmp_path, change, message):
+    change_config(folder, **change)
+    with pytest.raises(ValueError, match=message):
+        interop.save(model, tmp_path / "new", source=folder)
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_of_classes_stay_if_there_are_as_many(tmp_path):
     interop.save(small("vit", num_classes=3), tmp_path / "a")
-    labels = {"0": "cat", "1": "dog", "2": "eel"}
+    labels = {"0": "cat", "1": 7, "2": "eel"}  # transformers takes numbers, too
     change_config(tmp_path / "a", id2label=labels)
     for num_classes, expected in ((3, labels), (2, {"0": "LABEL_0", "1": "LABEL_1"})):
         target = tmp_path / str(num_classes)
         interop.save(small("vit", num_classes=num_classes), target, source=tmp_path / "a")
         config = json.loads((target / "config.json").read_text())
         assert config["id2label"] == expected
-        assert config["label2id"] == {v: int(k) for k, v in expected.items()}
+        assert config["label2id"] == {str(v): int(k) for k, v in expected.items()}
 
 
 # --- the table -----------------------------------------------------------------------

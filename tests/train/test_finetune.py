@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,13 +21,14 @@ from bdia_jax import interop
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.models.vit import ViT
 from configs import gpt2_e2e, gpt2_openwebtext, resnet15_cifar10, translation_enfr, vit_digits
+from train.data.tokens import Bpe, Bytes
 from train.export import export
-from train.inference.open_run import open_run
+from train.inference.open_run import Run, end_tokens, open_run
 from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.train import train
 from train.run.checkpoint import Checkpoints
-from train.run.pretrained import keep_description, read_params
+from train.run.pretrained import FOLDER, keep_description, read_params
 from train.run.workdir import open_workdir
 from train.tasks import load_task, open_config
 
@@ -186,7 +189,8 @@ def test_an_exported_lora_run_is_a_plain_gpt2(folder, lora_run, tmp_path):
     for name in source:
         assert same_bits(source[name], out[name]) == ("attn.c_attn.weight" not in name), name
     own, exported = (json.loads((each / "config.json").read_text()) for each in (folder, made))
-    assert own | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} == exported
+    ends = {"bos_token_id": 256, "eos_token_id": 256}  # of the run's tokenizer
+    assert own | {"resid_pdrop": 0.0, "embd_pdrop": 0.0} | ends == exported
     logits = nnx.jit(lambda model: model(TOKENS))
     again = open_run(made).model
     assert_same_bits(logits(again), logits(run.model))
@@ -208,6 +212,57 @@ def test_a_run_without_a_checkpoint_says_so(folder, data_dir, tmp_path):
             open_run(path)
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; .* has to be"):
         open_run(tmp_path / "nothing")
+
+
+@pytest.fixture
+def described(folder, tmp_path):
+    """The folder with what such folders have besides, and with code."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"eos_token_id": [9, 7], "auto_map": {"AutoConfig": "mine.Config"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    for name in ("chat_template.jinja", "LICENSE", "mine.py", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    Bpe.train(["a text"], 259).save(source / "tokenizer.json")
+    return source
+
+
+ALL = {"LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "kept", "written", "ends"),
+    [
+        ("checkpoint", ALL, ALL, ([9, 7], (9, 7, 8))),
+        ("gpt2", ALL, ALL, ([9, 7], (9, 7, 8))),
+        ("bpe", {"config.json"}, {"config.json", "tokenizer.json"}, (2, None)),
+        ("bytes", {"config.json"}, {"config.json"}, (256, None)),
+    ],
+)
+def test_a_run_keeps_and_hands_on_what_surrounds_the_weights(
+    described, data_dir, tmp_path, monkeypatch, tokenizer, kept, written, ends
+):
+    config = restaurants("plain", described, data_dir)
+    options = SimpleNamespace(tokenizer_name=tokenizer)
+    config: Any = SimpleNamespace(**vars(config) | {"input": options})
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for _ in range(2):  # resuming changes nothing
+        keep_description(config, workdir)
+        assert {path.name for path in (workdir / FOLDER).iterdir()} == kept
+        (described / "LICENSE").write_text("another")
+    own = {"bytes": Bytes, "bpe": lambda: Bpe.train(["mine"], 259)}
+    opened = Run(small_gpt2(), own.get(tokenizer, lambda: SimpleNamespace(end_of_text=9))(), config)
+    assert end_tokens(config, opened.tokenizer, workdir / FOLDER) == ends[1]
+    monkeypatch.setattr("train.export.open_run", lambda *_: opened)
+    export(workdir, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == written | {"model.safetensors"}
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["eos_token_id"] == ends[0] and "auto_map" not in exported
+    if "LICENSE" in written:
+        assert (tmp_path / "out" / "LICENSE").read_text() == "LICENSE"
 
 
 # --- images --------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from train import evaluate, generate
 from train.data.text import PairBucket, attention_mask, positions, segments
 from train.data.tokens import EOS, PAD, Bpe, Bytes
 from train.inference.agreement import compare
-from train.inference.open_run import open_run
+from train.inference.open_run import Run, open_run
 from train.loop.train import train
 from train.tasks import load_task, open_config, translation
 
@@ -45,10 +44,10 @@ def small_transformer():
 
 @pytest.fixture
 def opens(monkeypatch):
-    """(model, tokenizer, config) -> what --from names."""
+    """(model, tokenizer, config, end_tokens) -> what --from names."""
 
-    def set_run(model, tokenizer=None, config=None):
-        run = SimpleNamespace(model=model, tokenizer=tokenizer, config=config)
+    def set_run(*parts):
+        run = Run(*parts, *(None,) * (3 - len(parts)))
         for program in (generate, evaluate):
             monkeypatch.setattr(program, "open_run", lambda folder, data_dir="": run)
 
@@ -123,7 +122,7 @@ def test_a_beam_and_a_draw_get_their_options(opens, capsys, monkeypatch):
     generate.main([*start, *beam])
     generate.main([*start, "--seed=3", "--top_k=5", "--temperature=0.7"])
     assert capsys.readouterr().out == "abhi\nabab\n"
-    whole = {"prompt_lengths": None, "end_token": 256}
+    whole = {"prompt_lengths": None, "end_token": (256,)}
     assert calls == [
         whole | {"beam_size": 4, "length_penalty": 0.9, "no_repeat_ngram": 3},
         whole | {"top_k": 5, "temperature": 0.7},

@@ -184,5 +184,9 @@ def load_text(
     name: str, split: str, data_dir: str, tokenizer: Tokenizer, length: int
 ) -> np.ndarray:
     """A split of a data set with the feature "text", packed: see `pack_documents`."""
-    documents = (tokenizer.encode(text) for (text,) in read_texts(name, split, data_dir, "text"))
-    return pack_documents(documents, length, tokenizer.end_of_text)
+    end = tokenizer.end_of_text
+    documents = (  # a checkpoint's tokenizer may put the end around a text, too
+        [token for token in tokenizer.encode(text) if token != end]
+        for (text,) in read_texts(name, split, data_dir, "text")
+    )
+    return pack_documents(documents, length, end)

@@ -1,6 +1,5 @@
 """Tokenizers: GPT-2's, plain bytes, and byte-pair encodings, learned or of a checkpoint."""
 
-import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from pathlib import Path
@@ -27,13 +26,24 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: ids are below it.
-        end_of_text: the id between documents. No text encodes to it, or to another special id.
+        end_of_text: the id between documents. No text encodes to it, or to another special id,
+            but those that are put around every text.
     """
 
     vocab_size: int
     end_of_text: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, begins: bool = True, special: bool = False) -> list[int]:
+        """The text's ids.
+
+        Args:
+            text: any.
+            begins: with what the tokenizer of a checkpoint puts around a text, such as BOS.
+                False: it goes on with another.
+            special: a special token that is written in the text is that token, as in a prompt to
+                transformers. Only for texts of people who may do so.
+        """
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Special ids are left out; bytes that are not UTF-8 become U+FFFD."""
@@ -65,7 +75,9 @@ class Gpt2:
                 f"to it.\ntiktoken said: {error}"
             ) from error
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, begins: bool = True, special: bool = False) -> list[int]:
+        if special:
+            return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -78,7 +90,7 @@ class Bytes:
     vocab_size = 257
     end_of_text = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, begins: bool = True, special: bool = False) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -103,9 +115,10 @@ class Bpe:
     def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: int = EOS):
         self.end_of_text = end_of_text
         self._tokenizer = tokenizer
-        # or a text with "<eos>" in it would get the id 2
-        self._tokenizer.encode_special_tokens = True
-        self.vocab_size = tokenizer.get_vocab_size()
+        # settings of whoever saved it, for batches of his; transformers undoes them, too
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # may have gaps
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Bpe":
@@ -154,8 +167,10 @@ class Bpe:
         """Writes JSON, in the format of the `tokenizers` package."""
         Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, begins: bool = True, special: bool = False) -> list[int]:
+        # or a text with "<eos>" in it would get the id 2
+        self._tokenizer.encode_special_tokens = not special
+        return self._tokenizer.encode(text, add_special_tokens=begins).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -208,11 +223,10 @@ def _of_checkpoint(folder: str | Path) -> Bpe:
             f"input.tokenizer is 'checkpoint', but init_from {str(folder)!r} has no "
             "tokenizer.json; put it there, or take input.tokenizer 'gpt2' for a GPT-2"
         )
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    end = config.get("eos_token_id")
-    end = end[0] if isinstance(end, list) and end else end  # Llama 3 has several
-    if not isinstance(end, int):
+    # the first, where a text may end in several ways
+    ends = interop.read_tokens(path / "config.json", "eos_token_id") + interop.read_end_tokens(path)
+    if not ends:
         raise ValueError(
-            f"{path / 'config.json'} has eos_token_id {end!r}, expected the id that ends a text"
+            f"{path / 'config.json'} has no eos_token_id; write the id there that ends a text"
         )
-    return Bpe.load(path / "tokenizer.json", end)
+    return Bpe.load(path / "tokenizer.json", ends[0])

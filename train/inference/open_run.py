@@ -12,7 +12,7 @@ from train.config import Config
 from train.data.tokens import Bpe, Tokenizer, open_tokenizer
 from train.loop.state import Training
 from train.run.checkpoint import Checkpoints
-from train.run.pretrained import FOLDER
+from train.run.pretrained import FOLDER, has_own_tokenizer
 from train.run.workdir import read_config
 from train.tasks import abstract_task
 
@@ -23,11 +23,14 @@ class Run(NamedTuple):
     model: in evaluation mode, of the first seed, its adapters merged.
     tokenizer: None for images, and where a Hugging Face folder has none.
     config: of the run; None for a Hugging Face folder.
+    end_tokens: each ends a text, as the checkpoint's folder says; None where it does not, so that
+        it is the tokenizer's end_of_text.
     """
 
     model: nnx.Module
     tokenizer: Tokenizer | None
     config: Config | None
+    end_tokens: tuple[int, ...] | None = None
 
 
 def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> Run:
@@ -57,8 +60,10 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
     if is_hugging_face:
         model = interop.load(path, rngs=nnx.Rngs(0))
         model.eval()
-        has_tokenizer = (path / "tokenizer.json").exists()
-        return Run(model, open_tokenizer("checkpoint", path) if has_tokenizer else None, None)
+        ends = interop.read_end_tokens(path)
+        if not (path / "tokenizer.json").exists():
+            return Run(model, None, None, ends or None)
+        return Run(model, open_tokenizer("checkpoint", path), None, ends)
     config = read_config(path)
     if not (path / "checkpoints").exists():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
@@ -72,7 +77,17 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
         state = checkpoints.restore(training.abstract_state, best=best)
     model = training.models(state)[0]
     lora.merge(model)
-    return Run(model, tokenizer, config)
+    return Run(model, tokenizer, config, end_tokens(config, tokenizer, path / FOLDER))
+
+
+def end_tokens(config: Config, tokenizer: Tokenizer | None, folder: Path) -> tuple[int, ...] | None:
+    """Each ends a text of a run: the one it was trained with, and those of its checkpoint.
+
+    None: it has no checkpoint with the same tokenizer.
+    """
+    if tokenizer is None or not config.init_from or has_own_tokenizer(config):
+        return None
+    return tuple(dict.fromkeys((tokenizer.end_of_text, *interop.read_end_tokens(folder))))
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:

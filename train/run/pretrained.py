@@ -10,7 +10,6 @@ from bdia_jax import interop
 from train.config import Config
 
 FOLDER = "pretrained"  # in a workdir
-_KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_params(config: Config, model: Any) -> Any:
@@ -33,11 +32,16 @@ def read_params(config: Config, model: Any) -> Any:
 
 
 def keep_description(config: Config, workdir: Path) -> None:
-    """Copies config.json and tokenizer into the workdir, to open the run without the folder."""
-    folder = workdir / FOLDER
+    """Copies what the folder holds beside its weights, to open and export the run without it."""
+    source, folder = Path(config.init_from), workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    own_tokenizer = config.input.tokenizer_name == "bytes"  # and not the checkpoint's
-    for name in _KEPT[:1] if own_tokenizer else _KEPT:
-        source = Path(config.init_from) / name
-        if source.exists() and not (folder / name).exists():
-            shutil.copyfile(source, folder / name)
+    if (folder / "config.json").exists():  # the last of them
+        return
+    if not has_own_tokenizer(config):
+        interop.copy_beside(source, folder)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
+def has_own_tokenizer(config: Config) -> bool:
+    """Whether the run has another tokenizer than the checkpoint, so that other ids end a text."""
+    return config.input.tokenizer_name in ("bytes", "bpe")

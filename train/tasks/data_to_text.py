@@ -150,7 +150,7 @@ def encode_sentences(
     tokens, spans = [], []
     for meaning, reference in rows:
         prompt = [*tokenizer.encode(meaning), end]
-        ids = [*prompt, *tokenizer.encode(" " + reference), end]
+        ids = [*prompt, *tokenizer.encode(" " + reference, begins=False), end]
         if len(ids) <= length + 1:
             tokens.append(ids + [end] * (length + 1 - len(ids)))
             spans.append((len(prompt), len(ids)))
