@@ -4,6 +4,7 @@ Nothing is unpacked to the disk, and no more than MAX_BYTES into the memory.
 """
 
 import bz2
+import errno
 import gzip
 import io
 import itertools
@@ -90,7 +91,8 @@ def read_files(path: Path, names: Sequence[str]) -> dict[str, bytes]:
     except MemoryError as error:
         raise ValueError(f"{path} takes more memory to read than there is") from error
     except Exception as error:  # a damaged archive may raise anything
-        if isinstance(error, OSError) and error.errno is not None:
+        # an OSError without a number is none of the system's; EINVAL is for a place before the file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(
             f"{path} is truncated or damaged, download it again ({str(error)[:200]!r})"
