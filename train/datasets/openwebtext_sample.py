@@ -35,9 +35,8 @@ class OpenwebtextSample(LocalFileBuilder):
         [(name, content)] = files.items()
         splits: dict[str, list[Example]] = {"train": [], "validation": []}
         # not splitlines(): text may hold other line ends, such as U+2028
-        lines = decode(name, content).split("\n")
-        check_count(name, len(lines))
-        for number, line in enumerate(lines, 1):
+        check_count(name, content.count(b"\n"))
+        for number, line in enumerate(decode(name, content).split("\n"), 1):
             if line.strip():
                 text = _text(f"{name}, line {number}", line)
                 chosen = "validation" if bucket(text, 20) == 0 else "train"
