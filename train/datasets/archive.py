@@ -160,7 +160,7 @@ def _of_tar(stream: IO[bytes]) -> Iterator[_Member]:
             if member.isreg() and not member.issparse():
                 content: Any = archive.extractfile(member)
                 yield member.name, content.read
-            archive.members.clear()  # it would keep them all
+            vars(archive)["members"].clear()  # it would keep them all
 
 
 def _chosen(

@@ -17,10 +17,14 @@ class _Made:
     """What a pickle wants to have called, with its arguments and state. Nothing is called."""
 
     def __init__(self, name: Any, arguments: Any):
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
 
 
-class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+_Unpickler: Any = vars(pickle)["_Unpickler"]  # the one in Python, an opcode a method
+
+
+class _Reader(_Unpickler):
     """Reads numbers, strings, lists, tuples and dicts with names; calls and imports nothing.
 
     Python's own reader of an opcode is taken for those that a CIFAR file has. The others, among
@@ -32,8 +36,7 @@ class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
         b"U T X \x8c B C \x8e c \x93 q r h j \x94"
     )
     dispatch: ClassVar[dict[int, Any]] = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # pyright: ignore[reportAttributeAccessIssue]
-        for opcode in _OPCODES.split(b" ")
+        opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES.split(b" ")
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -122,14 +122,14 @@ def read_records(workdir: Path) -> list[dict]:
     lines = file.read_bytes().splitlines() if file.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
+        record: Any = None
         try:
             record = json.loads(line)
+            wrong = _wrong_with(record)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             wrong = f"{type(error).__name__}: {error}"
-        else:
-            wrong = _wrong_with(record)
         if wrong:
             raise ValueError(
                 f"line {number} of {file} is damaged ({wrong}); delete that line, the others tell "
