@@ -2,8 +2,8 @@
 
     python -m train.prepare NAME --from FILE [--data_dir DIR] [--unverified]
 
-FILE may be plain, compressed, an archive or its folder. Its content is checked first: format,
-number of examples, hash. A file that fails leaves nothing behind.
+FILE may be plain, compressed, an archive or its folder. Its hash is checked first, then format and
+number of examples. A file that fails leaves nothing behind.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from typing import Any
 
 from train.cli import parse_args, told
 from train.datasets.archive import read_files
-from train.datasets.builder import Example
 from train.datasets.local_file import LocalFileBuilder, Source
 from train.datasets.registry import BUNDLED, LOCAL, source_note, write
 from train.run.experiment import load_experiment
@@ -30,7 +29,7 @@ def prepare(name: str, file: Path, data_dir: str = "", unverified: bool = False)
         name: a key of registry.LOCAL.
         file: what the user downloaded; see archive.read_files for the forms it may have.
         data_dir: where TFDS keeps its data; "" for its default.
-        unverified: take a file whose counts or hash are not those of the known one. The
+        unverified: take a file whose hash is not that of the known one. The
             prepared set's description then says "unverified"; see registry.footnote.
 
     Raises:
@@ -39,28 +38,7 @@ def prepare(name: str, file: Path, data_dir: str = "", unverified: bool = False)
         OSError: it cannot be written.
     """
     cls = _builder_class(name)
-    try:
-        files = read_files(file, list(cls.KNOWN.files))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; download {name} from {cls.KNOWN.url}") from None
-    try:
-        splits, label_names = cls.parse(files), cls.label_names(files)
-    except ValueError as error:
-        raise ValueError(f"{file} is not what {name} is made from: {error}") from error
-    empty = [split for split, examples in splits.items() if not examples]
-    if empty:
-        raise ValueError(f"{file} has no examples for {', '.join(empty)}; it is too small")
-    differences = _differences(cls, files, splits)
-    if differences and not unverified:
-        raise ValueError(
-            f"{file} is not the known file of {name}:\n  "
-            + "\n  ".join(differences)
-            + f"\nDownload it from {cls.KNOWN.url}, or take this one with --unverified, which the "
-            "prepared set remembers"
-        )
-    sha256 = _content_sha256(files)
-    note = source_note(file.name, sha256, verified=not differences)
-    source = Source(splits, label_names, note)
+    source, sha256 = read_source(name, file, unverified)
     # no file_format: a folder that TFDS has prepared in another one is to be found, too
     existing = cls(data_dir=data_dir or None)
     if existing.data_path.exists():
@@ -76,6 +54,47 @@ def prepare(name: str, file: Path, data_dir: str = "", unverified: bool = False)
     return builder
 
 
+def read_source(name: str, file: Path, unverified: bool = False) -> tuple[Source, str]:
+    """(what the set is made of, sha256 of its files); nothing is written. Arguments as `prepare`.
+
+    A file that is not the known one is not looked into, unless it is to be taken `unverified`.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong with the file.
+    """
+    cls = _builder_class(name)
+    try:
+        files = read_files(file, list(cls.KNOWN.files))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; download {name} from {cls.KNOWN.url}") from None
+    differences = _differences(cls, files)
+    if differences and not unverified:
+        raise ValueError(
+            f"{file} is not the known file of {name}:\n  "
+            + "\n  ".join(differences)
+            + f"\nDownload it from {cls.KNOWN.url}, or take this one with --unverified, which the "
+            "prepared set remembers"
+        )
+    try:
+        splits, label_names = cls.parse(files), cls.label_names(files)
+    except ValueError as error:
+        raise ValueError(f"{file} is not what {name} is made from: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"{file} takes more memory to read than there is") from error
+    empty = [split for split, examples in splits.items() if not examples]
+    if empty:
+        raise ValueError(f"{file} has no examples for {', '.join(empty)}; it is too small")
+    found = {split: len(examples) for split, examples in splits.items()}
+    if not differences and found != cls.KNOWN.counts:
+        raise ValueError(
+            f"{file} is read wrongly, as {_listed(found)} examples, expected "
+            f"{_listed(cls.KNOWN.counts)}: {cls.__name__} has another version of parse"
+        )
+    sha256 = _content_sha256(files)
+    note = source_note(file.name, sha256, verified=not differences)
+    return Source(splits, label_names, note), sha256
+
+
 def _builder_class(name: str) -> type[LocalFileBuilder]:
     if name in BUNDLED:
         raise ValueError(f"{name} needs no file: it prepares itself when it is first used")
@@ -84,13 +103,8 @@ def _builder_class(name: str) -> type[LocalFileBuilder]:
     return LOCAL[name]
 
 
-def _differences(
-    cls: type[LocalFileBuilder], files: dict[str, bytes], splits: dict[str, list[Example]]
-) -> list[str]:
+def _differences(cls: type[LocalFileBuilder], files: dict[str, bytes]) -> list[str]:
     wrong = []
-    found = {split: len(examples) for split, examples in splits.items()}
-    if found != cls.KNOWN.counts:
-        wrong.append(f"it has {_listed(found)} examples, expected {_listed(cls.KNOWN.counts)}")
     for name, expected in cls.KNOWN.files.items():
         kind = "md5" if len(expected) == 32 else "sha256"
         digest = hashlib.new(kind, files[name]).hexdigest()

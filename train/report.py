@@ -19,6 +19,7 @@ import numpy as np
 from train.cli import parse_args, told
 from train.loop.log import metrics_of, read_records
 from train.run.experiment import load_experiment, read_experiment
+from train.run.workdir import read_values
 
 _GAMMA = "accuracy_gamma_"  # and a constant gamma at inference: a metric for Fig. 1
 
@@ -60,7 +61,7 @@ def read_sweep(workdir: Path) -> tuple[Any, dict[str, Any], list[Run]]:
             continue
         try:
             runs.append(_read_run(workdir / name, records, paper.get(name)))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{workdir / name} is damaged, or of another version of this program "
                 f"({type(error).__name__}: {error}); sweep into a new workdir"
@@ -71,7 +72,7 @@ def read_sweep(workdir: Path) -> tuple[Any, dict[str, Any], list[Run]]:
 
 
 def _read_run(workdir: Path, records: list[dict[str, Any]], paper: float | None) -> Run:
-    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    config = read_values(workdir)
     starts, trains, evals, finals = (
         [record for record in records if record["kind"] == kind]
         for kind in ("start", "train", "eval", "final")

@@ -1,10 +1,15 @@
 """Fuzzed command lines and configs: refused by an error of ours, or accepted; no traceback."""
 
+import os
+import time
+
 import pytest
 from ml_collections import ConfigDict
 
 from benchmarks.fuzz import checked, fuzz, make_scratch, run_case
 from benchmarks.fuzz_cases import CONFIGS, Case, make_case
+from benchmarks.fuzz_file_cases import FileCase, make_file
+from benchmarks.fuzz_files import apart, fuzz_files
 from benchmarks.outcome import ACCEPTED, FAILED, REFUSED, USAGE
 from configs import vit_digits
 from train.config import Config
@@ -108,3 +113,37 @@ def test_an_int_stands_for_a_float_and_a_list_for_several():
 
 def _digits():
     return vit_digits.get_config("smoke").to_dict()
+
+
+@pytest.mark.full
+@pytest.mark.claim("a downloaded file cannot run code, crash, fill the memory or hang")
+def test_no_file_ends_in_another_way():
+    """A small part of what benchmarks/results/fuzz_files.json has, by the same function."""
+    found = fuzz_files(range(300))
+    assert found["failures"] == []
+    assert found["totals"][REFUSED] > 50 and found["totals"][ACCEPTED] > 50
+    assert len(found["readers"]) == 9 and make_file(17) == make_file(17)
+
+
+def _exits(case, folder):
+    os._exit(7)
+
+
+def _hangs(case, folder):
+    time.sleep(60)
+
+
+def _fills(case, folder):
+    try:
+        return ACCEPTED, str(len(bytearray(2**24)))
+    except MemoryError:
+        return FAILED, "MemoryError"
+
+
+@pytest.mark.full
+@pytest.mark.control("a downloaded file cannot run code, crash, fill the memory or hang")
+@pytest.mark.parametrize("read", [_exits, _hangs, _fills])
+def test_what_ends_a_process_is_seen(read, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.fuzz_files._SECONDS", 1)
+    monkeypatch.setattr("benchmarks.fuzz_files._BYTES", 2**20)
+    assert apart(FileCase("e2e", b""), tmp_path, read)[0] == FAILED

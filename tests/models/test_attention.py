@@ -44,6 +44,9 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91800)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda needed: needed <= "8.0")
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    jax.clear_caches()  # what was traced for other devices
+    yield
+    jax.clear_caches()
 
 
 def lowered(fn, *args):

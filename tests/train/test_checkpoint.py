@@ -211,7 +211,7 @@ def test_nothing_starts_anew_when_all_are_damaged(copied):
     for step in (2, 4):
         flip(copied / f"checkpoints/{step}/record/metadata")
     before = sorted(copied.rglob("*"))
-    message = r"step 4: its record .*step 2: its record .* delete that folder to start from step 0"
+    message = r"step 4: its record .*step 2: its record .* and that folder to begin at step 0"
     with pytest.raises(ValueError, match=message), Checkpoints(copied) as checkpoints:
         checkpoints.restore_or(pytest.fail, jax.eval_shape(lambda: make_state(0)))
     assert sorted(copied.rglob("*")) == before

@@ -157,10 +157,12 @@ class Bpe:
             FileNotFoundError: no such file.
             ValueError: it is no such JSON.
         """
-        text = Path(path).read_text("utf-8")
+        content = Path(path).read_bytes()
         try:
-            return cls(tokenizers.Tokenizer.from_str(text), end_of_text)
-        except Exception as error:  # the package raises nothing more special
+            return cls(tokenizers.Tokenizer.from_str(content.decode()), end_of_text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the package is no Exception
             raise ValueError(f"{path} is not a file of the package tokenizers: {error}") from error
 
     def save(self, path: str | Path) -> None:

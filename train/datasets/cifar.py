@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,35 +13,98 @@ from train.datasets.builder import Example
 from train.datasets.local_file import KnownFile, LocalFileBuilder
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, containers, numbers and strings, and nothing that runs code."""
+class _Made:
+    """What a pickle wants to have called, with its arguments and state. Nothing is called."""
 
-    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # how Python 3 writes bytes for Python 2
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    def __init__(self, name: Any, arguments: Any):
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
+
+
+_Unpickler: Any = vars(pickle)["_Unpickler"]  # the one in Python, an opcode a method
+
+
+class _Reader(_Unpickler):
+    """Reads numbers, strings, lists, tuples and dicts with names; calls and imports nothing.
+
+    Python's own reader of an opcode is taken for those that a CIFAR file has. The others, among
+    them all that take memory by a number in the file, are refused.
+    """
+
+    _OPCODES = (
+        b"\x80 \x95 . ( 0 } ] ) \x85 \x86 \x87 t e a N \x88 \x89 K M J \x8a "
+        b"U T X \x8c B C \x8e c \x93 q r h j \x94"
+    )
+    dispatch: ClassVar[dict[int, Any]] = {
+        opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES.split(b" ")
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module.endswith("core.multiarray"):  # moved in numpy 2
-            return np.zeros(0).__reduce__()[0]
-        if (module, name) not in self._ALLOWED:
-            raise ValueError(f"it asks for {module}.{name}, which no CIFAR file does")
-        return self._ALLOWED[module, name]
+        return f"{module}.{name}"[:100]
+
+    def _reduce(self) -> None:
+        arguments = self.stack.pop()
+        name = self.stack[-1]
+        if name == "_codecs.encode":  # how Python 3 writes bytes for Python 2
+            self.stack[-1] = arguments[0].encode("latin1")
+        else:
+            self.stack[-1] = _Made(name, arguments)
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _Made):
+            raise ValueError("a state without an object")
+        self.stack[-1].state = state
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        _set(self.stack[-1], items)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set(self.stack[-1], [key, value])
+
+    dispatch |= {b"R"[0]: _reduce, b"b"[0]: _build, b"u"[0]: _set_items, b"s"[0]: _set_item}
+
+
+def _set(target: Any, items: list[Any]) -> None:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # the hash of a tuple of tuples of .. takes for ever
+        if not (isinstance(target, dict) and isinstance(key, str | bytes)):
+            raise ValueError("a key that is no string")
+        target[key.decode() if isinstance(key, bytes) else key] = value
 
 
 def load_arrays(name: str, content: bytes) -> dict[str, Any]:
-    """The dict in a CIFAR batch, safely: arrays and plain values only, keys as str.
+    """The dict in a CIFAR batch, without running anything that it asks for.
+
+    Returns:
+        Keys as str; a list as it is; an array as uint8 [N, 3072].
 
     Raises:
-        ValueError: no such pickle, or one that would run code.
+        ValueError: no such pickle.
     """
     try:
-        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: batch[key] for key in batch}
+        batch = _Reader(io.BytesIO(content), encoding="bytes").load()
+        if not isinstance(batch, dict):
+            raise TypeError(f"a {type(batch).__name__}, expected a dict")
+        return {k: _array(v) if isinstance(v, _Made) else v for k, v in batch.items()}
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{name} is not a batch of CIFAR images: {error!r}") from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{name} is not a batch of CIFAR images ({reason})") from error
+
+
+def _array(made: _Made) -> np.ndarray:
+    # numpy.core.multiarray, which numpy 2 calls numpy._core.multiarray
+    if not re.fullmatch(r"numpy\._?core\.multiarray\._reconstruct", str(made.name)[:100]):
+        raise ValueError(f"it asks for {str(made.name)[:100]}, which no CIFAR file does")
+    _, shape, dtype, in_columns, data = made.state
+    if dtype.name != "numpy.dtype" or dtype.arguments[0] not in ("u1", b"u1"):
+        raise ValueError("an array that is not of dtype uint8")
+    rows, columns = shape
+    if columns != 3072 or not isinstance(data, bytes) or len(data) != rows * columns:
+        raise ValueError(f"an array of {len(data)} bytes, expected shape [N, 3072]")
+    return np.frombuffer(data, np.uint8).reshape(rows, columns, order="F" if in_columns else "C")
 
 
 class _Layout(NamedTuple):
@@ -79,10 +143,8 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
     def _parse_batch(cls, name: str, content: bytes) -> Iterator[dict[str, Any]]:
         batch = load_arrays(name, content)
         pixels = batch.get("data")
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-            raise ValueError(f"{name} has no uint8 array 'data'; its keys are {sorted(batch)}")
-        if pixels.ndim != 2 or pixels.shape[1] != 3072:
-            raise ValueError(f"{name}: 'data' has shape {pixels.shape}, expected [N, 3072]")
+        if not isinstance(pixels, np.ndarray):
+            raise ValueError(f"{name} has no array 'data'; its keys are {_keys(batch)}")
         labels = {}
         for feature, (key, _, count) in cls.LAYOUT.labels.items():
             labels[feature] = _list(name, batch, key)
@@ -90,7 +152,7 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
                 raise ValueError(
                     f"{name} has {len(labels[feature])} {key} for {len(pixels)} images"
                 )
-            if not all(label in range(count) for label in labels[feature]):
+            if not all(type(each) is int and 0 <= each < count for each in labels[feature]):
                 raise ValueError(f"{name}: {key} are not all in 0..{count - 1}")
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for index, image in enumerate(images):
@@ -102,9 +164,12 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
         meta = load_arrays(file, files[file])
         names = {}
         for feature, (_, key, count) in cls.LAYOUT.labels.items():
-            found = [n.decode() if isinstance(n, bytes) else str(n) for n in _list(file, meta, key)]
-            if len(set(found)) != count:
-                raise ValueError(f"{file}: {key} are {found}, expected {count} different names")
+            listed = _list(file, meta, key)
+            found = [n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in listed]
+            if not all(isinstance(n, str) for n in found) or len(set(found)) != count:
+                raise ValueError(
+                    f"{file}: {key} has {len(found)} entries, expected {count} different names"
+                )
             names[feature] = found
         return names
 
@@ -112,8 +177,12 @@ class _Cifar(LocalFileBuilder, skip_registration=True):
 def _list(name: str, batch: dict[str, Any], key: str) -> list[Any]:
     values = batch.get(key)
     if not isinstance(values, list):
-        raise ValueError(f"{name} has no list {key!r}; its keys are {sorted(batch)}")
+        raise ValueError(f"{name} has no list {key!r}; its keys are {_keys(batch)}")
     return values
+
+
+def _keys(batch: dict[str, Any]) -> str:
+    return ", ".join(sorted(batch))[:200]
 
 
 # Not registered: the stock TFDS builder of the same name reads what these write.

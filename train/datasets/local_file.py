@@ -6,6 +6,8 @@ from typing import ClassVar, NamedTuple
 
 from train.datasets.builder import Builder, Example
 
+MAX_LINES = 2_000_000  # of a file of text or pairs; Python takes about a KiB for each
+
 
 class Source(NamedTuple):
     """What a builder is prepared from.
@@ -76,6 +78,12 @@ def decode(name: str, content: bytes) -> str:
         raise ValueError(f"{name}, line {line}: not UTF-8 text") from None
 
 
+def check_count(name: str, lines: int) -> None:
+    """Raises ValueError for more than MAX_LINES."""
+    if lines > MAX_LINES:
+        raise ValueError(f"{name} has more than {MAX_LINES:,} lines, the most that is read")
+
+
 def read_csv(name: str, content: bytes, header: list[str]) -> list[list[str]]:
     """The rows below the header. Raises ValueError for another header or a row of other length."""
     reader = csv.reader(io.StringIO(decode(name, content), newline=""), strict=True)
@@ -91,6 +99,7 @@ def read_csv(name: str, content: bytes, header: list[str]) -> list[list[str]]:
                     f"expected {len(header)}, none of them empty"
                 )
             rows.append(row)
+            check_count(name, len(rows))
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
     return rows

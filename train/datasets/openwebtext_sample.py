@@ -5,7 +5,7 @@ import json
 import tensorflow_datasets as tfds
 
 from train.datasets.builder import Example
-from train.datasets.local_file import KnownFile, LocalFileBuilder, decode
+from train.datasets.local_file import KnownFile, LocalFileBuilder, check_count, decode
 from train.datasets.splits import bucket
 
 
@@ -35,6 +35,7 @@ class OpenwebtextSample(LocalFileBuilder):
         [(name, content)] = files.items()
         splits: dict[str, list[Example]] = {"train": [], "validation": []}
         # not splitlines(): text may hold other line ends, such as U+2028
+        check_count(name, content.count(b"\n"))
         for number, line in enumerate(decode(name, content).split("\n"), 1):
             if line.strip():
                 text = _text(f"{name}, line {number}", line)
@@ -46,7 +47,7 @@ class OpenwebtextSample(LocalFileBuilder):
 def _text(where: str, line: str) -> str:
     try:
         document = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for too many digits, or too deep
         raise ValueError(f"{where}: not JSON, {error}") from None
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):

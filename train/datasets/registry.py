@@ -56,6 +56,12 @@ def open_builder(name: str, data_dir: str = "") -> Any:
             command that does it.
         ValueError: an unknown name; the message lists the choices.
     """
+    if re.match(r"\w+:[^\d\W]", name):
+        raise ValueError(
+            f"dataset is {name!r}: a set of huggingface or of another community is read from the "
+            "network whenever it is opened, which is not done here; save its texts as a .jsonl "
+            "file, or write a builder, as docs/your_data.md says"
+        )
     # no file_format: with one, a set prepared in another is an error that names no remedy
     options: dict[str, Any] = {"data_dir": data_dir or None}
     ours = BUNDLED.get(name) or LOCAL.get(name)

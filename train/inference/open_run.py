@@ -12,6 +12,7 @@ from train.config import Config
 from train.data.tokens import Bpe, Tokenizer, open_tokenizer
 from train.loop.state import Training
 from train.run.checkpoint import Checkpoints
+from train.run.missing import is_bereft, no_checkpoint, no_config
 from train.run.pretrained import FOLDER, has_own_tokenizer
 from train.run.workdir import read_config
 from train.tasks import abstract_task
@@ -49,6 +50,8 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
     path = Path(folder).absolute()
     file = path / "config.json"
     if not file.exists():
+        if is_bereft(path):
+            raise FileNotFoundError(no_config(path))
         raise FileNotFoundError(
             f"{file} does not exist; {folder} has to be a workdir of python -m train or a Hugging "
             "Face folder"
@@ -66,7 +69,7 @@ def open_run(folder: str | Path, data_dir: str = "", *, best: bool = False) -> R
         return Run(model, open_tokenizer("checkpoint", path), None, ends)
     config = read_config(path)
     if not (path / "checkpoints").exists():
-        raise FileNotFoundError(f"{path} has no checkpoint yet; train it further")
+        raise FileNotFoundError(no_checkpoint(path))
     if data_dir:
         config = dataclasses.replace(config, data_dir=data_dir)
     if config.init_from:

@@ -116,25 +116,55 @@ def read_records(workdir: Path) -> list[dict]:
     """The records of metrics.jsonl; an incomplete last line, left by a kill, is left out.
 
     Raises:
-        ValueError: another line is damaged.
+        ValueError: another line is damaged, or has something else in it than a record.
     """
     file = workdir / _FILE
     lines = file.read_bytes().splitlines() if file.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
+        record: Any = None
         try:
             record = json.loads(line)
-            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
-                raise TypeError("a field of a wrong type")
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            wrong = _wrong_with(record)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
             raise ValueError(
-                f"line {number} of {file} is damaged ({type(error).__name__}: {error}); delete "
-                "that line, the others tell the rest"
-            ) from error
+                f"line {number} of {file} is damaged ({wrong}); delete that line, the others tell "
+                "the rest"
+            )
         records.append(record)
     return records
+
+
+_COUNT, _NUMBER = (int,), (int, float)
+# What records are read for, of any kind and of a kind; what others have in them is theirs.
+_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "": {"step": _COUNT, "kind": (str,)},
+    "start": {"fingerprint": (str,)},
+    "rebuild": {"guard_bits": _COUNT},
+}
+
+
+def _wrong_with(record: Any) -> str:
+    """What is wrong with the content of a record; "" for nothing."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__} instead of fields"
+    types = dict(_TYPES[""])
+    if isinstance(record.get("kind"), str):
+        types |= _TYPES.get(record["kind"], {}) if record["kind"] else {}
+        if record["kind"] in ("train", "eval", "final"):
+            types |= dict.fromkeys(metrics_of(record), _NUMBER)
+    for name, kinds in types.items():
+        value = record.get(name)
+        if type(value) not in kinds:
+            return f"{name[:50]} is {str(value)[:50]!r}, expected {kinds[-1].__name__}"
+    seeds = record.get("seeds", {})
+    if not isinstance(seeds, dict):
+        return f"seeds is a {type(seeds).__name__}, expected fields"
+    return ""
 
 
 def mended_guard_bits(workdir: Path) -> int:

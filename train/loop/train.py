@@ -22,6 +22,8 @@ from train.loop.rebuild import RebuildFailed
 from train.loop.state import State
 from train.run.checkpoint import Checkpoints
 from train.run.fingerprint import data_fingerprint
+from train.run.lock import Lock
+from train.run.missing import check_kept
 from train.run.pretrained import keep_description, read_params
 from train.run.workdir import holds_run, open_workdir, writing
 from train.tasks import load_task
@@ -41,16 +43,22 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
 
     Raises:
         FileNotFoundError: the data set is not prepared.
-        ValueError: bad configuration or workdir, a loss that is not finite, or a full disk;
-            checkpoints saved until then stay.
+        ValueError: bad configuration or workdir, one that another program trains in, a loss that
+            is not finite, or a full disk; checkpoints saved until then stay.
         Stopped: on SIGTERM or Ctrl-C, once the state is on the disk. A SystemExit of status 0.
     """
-    if holds_run(workdir):
-        path = open_workdir(workdir, config)
-        finished = final_metrics(path)
-        if finished:
-            print(f"finished already: {_listed(finished)}  in {path}")
-            return finished
+    with Lock(Path(workdir).absolute()) as lock:
+        if holds_run(workdir):
+            path = open_workdir(workdir, config)
+            finished = final_metrics(path)
+            if finished:
+                print(f"finished already: {_listed(finished)}  in {path}")
+                return finished
+            first_does(lock.take)
+        return _train(config, workdir, command, lock)
+
+
+def _train(config: Config, workdir: str, command: str, lock: Lock) -> dict[str, float]:
     task = load_task(config)
     program = make_program(config, task)
     pretrained = read_params(config, program.abstract)
@@ -59,7 +67,7 @@ def train(config: Config, workdir: str, command: str = "") -> dict[str, float]:
     fingerprint = data_fingerprint(task, open_mesh(config.mesh))
     # only now: bad data or sizes leave no folder behind
     path = Path(workdir).absolute()
-    first_does(_claim, path, config, task, fingerprint)
+    first_does(_claim, path, config, task, fingerprint, lock)
     checkpoints = Checkpoints(path, config.keep_last, config.keep_best, fingerprint)
     with checkpoints, writing(path):
         state = checkpoints.restore_or(partial(program.init, pretrained), program.abstract_state)
@@ -128,16 +136,20 @@ def _listed(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _claim(workdir: Path, config: Config, task: Task, fingerprint: str) -> None:
+def _claim(workdir: Path, config: Config, task: Task, fingerprint: str, lock: Lock) -> None:
     """The workdir, with what a run is opened by again; one of other examples is refused."""
-    open_workdir(str(workdir), config)
-    before = [r["fingerprint"] for r in read_records(workdir) if r["kind"] == "start"]
+    open_workdir(str(workdir), config)  # what is no run gets no lock
+    lock.take()
+    open_workdir(str(workdir), config)  # another program may have been between
+    records = read_records(workdir)
+    before = [r["fingerprint"] for r in records if r["kind"] == "start"]
     if before and before[-1] != fingerprint:
         raise ValueError(
             f"{workdir} was trained on other examples (fingerprint {before[-1]}, now "
             f"{fingerprint}): another version of the data set or its tokenizer. Bring it back, or "
             "take another --workdir"
         )
+    check_kept(workdir, max((record["step"] for record in records), default=0))
     with writing(workdir):
         if config.init_from:
             keep_description(config, workdir)

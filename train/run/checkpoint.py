@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from train.devices.processes import is_first
 from train.run.arrays import arrays_handler
 from train.run.checksum import checksums
+from train.run.missing import CHECKPOINTS, RESTORE_OR_DELETE, no_checkpoint
 from train.run.record import (
     Damaged,
     PreserveBest,
@@ -50,7 +51,7 @@ class Checkpoints:
         *,
         read_only: bool = False,
     ):
-        self.directory = Path(workdir) / "checkpoints"
+        self.directory = Path(workdir) / CHECKPOINTS
         self._fingerprint = fingerprint
         self._read_only = read_only
         self._saving = 0
@@ -90,11 +91,11 @@ class Checkpoints:
                 return state
             damaged[step] = reason or "another process could not read it"
         if not damaged:
-            raise FileNotFoundError(f"{self.directory} has no checkpoint yet; train it further")
+            raise FileNotFoundError(no_checkpoint(self.directory.parent))
         raise ValueError(
             f"no checkpoint in {self.directory} is what was saved: "
             + "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-            + ". Bring them back from a copy, or delete that folder to start from step 0"
+            + f". {RESTORE_OR_DELETE}"
         )
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:

@@ -12,13 +12,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from train.config import Config
+from train.run import lock
+from train.run.missing import is_bereft, no_config
 from train.tasks import open_config
 
 # What may differ between a run and its resumption without making it another run.
 _FREE = re.compile(
     r"data_dir|(log|eval|checkpoint)_every_steps|keep_(last|best)|mesh\..*|non_finite"
 )
-_NO_CONTENT = {"config.tmp", "lost+found"}  # left by a kill; in the root of a file system
+# left by a kill; in the root of a file system
+_NO_CONTENT = {"config.tmp", lock.FILE, "lost+found"}
 
 
 def open_workdir(workdir: str, config: Config) -> Path:
@@ -36,6 +39,8 @@ def open_workdir(workdir: str, config: Config) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         if file.exists():
             _check_same(read_fields(file), values, path)
+        elif is_bereft(path):
+            raise ValueError(no_config(path))
         elif {entry.name for entry in path.iterdir()} - _NO_CONTENT:
             raise ValueError(
                 f"workdir {path} has files but no config.json, so it is no run to resume"
@@ -58,6 +63,17 @@ def holds_run(workdir: str) -> bool:
         return (path / "config.json").exists()
 
 
+def read_values(workdir: Path) -> dict[str, Any]:
+    """The fields of a run's config as they were written, {"model.width": 32}, of any version.
+
+    Raises:
+        ValueError: there are none, or the file is damaged.
+    """
+    if is_bereft(workdir):
+        raise ValueError(no_config(workdir))
+    return read_fields(workdir / "config.json")
+
+
 def read_config(workdir: Path) -> Config:
     """The config of a run, from its workdir.
 
@@ -65,7 +81,7 @@ def read_config(workdir: Path) -> Config:
         ValueError: the file is damaged, or of another version of this program.
     """
     file = workdir / "config.json"
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in read_fields(file).items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in read_values(workdir).items()}
     try:
         return open_config(ConfigDict(unflatten_dict(values, sep=".")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
