@@ -62,7 +62,8 @@ def bdia_scan(
         block_fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`: everything block
             k adds to the residual stream. x is float32 [B, ..., D], h any float dtype of the
             same shape. It must be deterministic (dropout takes its key from params_k) and
-            must not close over traced values; those go through params or consts.
+            must not close over traced values; those go through params or consts. As for
+            `jax.jit`, a function that is called again is not traced again.
             Or a tuple of such functions, the branches of a block: (f, g) is
             h = f(x) + g(x + f(x)). The backward pass of "reversible" then holds the residuals of
             one branch at a time, and evaluates every branch but the last once more.

@@ -139,8 +139,7 @@ def test_finds_half_precision_at_any_depth():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_bfloat16_transformer_blocks_are_exact_without_luck(scale):
+def test_bfloat16_transformer_blocks_are_exact_without_luck():
     """At this size XLA's excess precision makes the two passes differ by ~10 quanta unpinned
     (benchmarks/drift.py, numerics bfloat16-unpinned, measures that)."""
     stack = bdia.nnx.BDIAStack(
@@ -148,7 +147,7 @@ def test_bfloat16_transformer_blocks_are_exact_without_luck(scale):
         4,
         rngs=nnx.Rngs(0),
     )
-    report = stack.audit(scale * jax.random.normal(jax.random.key(1), (4, 65, 512)))
+    report = stack.audit(4 * jax.random.normal(jax.random.key(1), (4, 65, 512)))
     assert report.exact, report
     assert report.max_drift < 0.25, report
 
