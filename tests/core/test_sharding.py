@@ -16,7 +16,7 @@ from bdia_jax.sharding import AXES, make_mesh, param_shardings, shard, state_sha
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 B, T, D, DEPTH = 8, 8, 32, 5
-MESHES = {"1": {}, "4": {"data": 2, "fsdp": 2}, "8": {"fsdp": 2, "tensor": 2, "sequence": 2}}
+MESHES = {"1": {}, "8": {"fsdp": 2, "tensor": 2, "sequence": 2}}
 
 
 def make_stack(sizes, dtype=jnp.float32, frac_bits=9, dropout_rate=0.0):
