@@ -58,7 +58,8 @@ def _damaged(rng: np.random.Generator, data: bytes, share: float = 0.6) -> bytes
 
 
 def _packed(rng: np.random.Generator, files: dict[str, bytes]) -> bytes:
-    compress = (bytes, gzip.compress, bz2.compress, lzma.compress)[int(rng.integers(4))]
+    ways: list[Any] = [bytes, gzip.compress, bz2.compress, lzma.compress]
+    compress = ways[int(rng.integers(4))]
     kind = int(rng.integers(4))
     if kind == 0 and len(files) == 1:
         return compress(*files.values())

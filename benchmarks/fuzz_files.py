@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.fuzz import ACCEPTED, FAILED, REFUSED
 from benchmarks.fuzz_file_cases import FileCase, make_file
+from benchmarks.outcome import ACCEPTED, FAILED, REFUSED
 from train.data.tokens import Bpe
 from train.loop.log import final_metrics, mended_guard_bits, read_records
 from train.prepare import read_source
