@@ -135,7 +135,7 @@ def _hangs(case, folder):
 
 def _fills(case, folder):
     try:
-        return ACCEPTED, str(len(bytearray(2**24)))
+        return ACCEPTED, str(len(bytearray(2**30)))
     except MemoryError:
         return FAILED, "MemoryError"
 
