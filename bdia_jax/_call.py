@@ -1,6 +1,7 @@
 """A call of `bdia_scan`, checked: what is known at trace time, and the arrays."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,36 @@ class Operands(NamedTuple):
     failures: Any
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A block with those of its consts that are no arrays, each with its type."""
+
+    fn: Callable[..., Any]
+    treedef: Any
+    values: tuple[Any, ...]
+
+    def __call__(self, params_k: PyTree, x: jax.Array, *consts: PyTree) -> Any:
+        arrays = self.treedef.flatten_up_to(consts)
+        pairs = zip(arrays, self.values, strict=True)
+        leaves = [array if value is None else value[1] for array, value in pairs]
+        return self.fn(params_k, x, *self.treedef.unflatten(leaves))
+
+
+def bind_static(block_fn: BlockFn, consts: tuple[PyTree, ...]) -> tuple[BlockFn, Any]:
+    """(block_fn, consts) with what Python decides by, bool, int or str, moved from consts to it."""
+    leaves, treedef = jax.tree.flatten(consts)
+    values = [(type(v), v) if isinstance(v, bool | int | str) else None for v in leaves]
+    if not any(values):
+        return block_fn, consts
+    arrays = [leaf if value is None else None for leaf, value in zip(leaves, values, strict=True)]
+
+    def bound(fn):
+        return _Bound(fn, treedef, tuple(values))
+
+    is_one = callable(block_fn)
+    return bound(block_fn) if is_one else tuple(map(bound, block_fn)), treedef.unflatten(arrays)
+
+
 class Arrays(NamedTuple):
     """The arrays of a call as they were given, checked."""
 
@@ -50,6 +81,7 @@ def prepare(block_fn: BlockFn, params, x0, gamma, consts, **options: Any):
     """(Static, Operands), all checked. The options are those of `check` and `separate`."""
     names = ("fixed_point", "backprop", "verify", "failures")
     of_check = {name: options.pop(name) for name in names if name in options}
+    block_fn, consts = bind_static(block_fn, consts)
     arrays, parts = check(params, x0, gamma, consts, **of_check)
     options |= {"fixed_point": of_check["fixed_point"], "verify": parts}
     return separate(block_fn, arrays, **options)
@@ -71,6 +103,7 @@ def check(
     params = _checks.as_arrays(params, "params")
     consts = _checks.as_arrays(consts, "consts")
     x0 = _checks.check_x0(x0)
+    _checks.check_stacked(params, gamma)
     depth = _checks.check_depth(params)
     reversible_format = fixed_point if backprop == "reversible" else None
     gamma = _checks.check_gamma(gamma, depth, x0.shape[0], reversible_format)

@@ -53,6 +53,23 @@ def check_x0(x0) -> jax.Array:
     return x0
 
 
+def check_stacked(params, gamma) -> None:
+    """Raises ValueError if params is a list with an element for each block, by all signs."""
+    if not isinstance(params, list | tuple) or len(params) < 2 or gamma is None:
+        return
+    depth = jnp.shape(gamma)[:1]
+    alike = len({jax.tree.structure(each) for each in params}) == 1
+    if (
+        alike
+        and depth == (len(params),)
+        and any(jnp.shape(leaf)[:1] != depth for leaf in jax.tree.leaves(params))
+    ):
+        raise ValueError(
+            f"params is a {type(params).__name__} of {len(params)}, as if one for each block; "
+            "stack them: params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)"
+        )
+
+
 def check_depth(params) -> int:
     """K, the leading axis common to all leaves of params."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -60,6 +77,8 @@ def check_depth(params) -> int:
         raise ValueError("params has no array, so the number of blocks is unknown")
     shapes = {f"params{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
     first_name, first = next(iter(shapes.items()))
+    if all(shape[:1] == (0,) for shape in shapes.values()):
+        raise ValueError(f"params has K = 0 blocks ({first_name} has shape {first}); one is needed")
     for name, shape in shapes.items():
         if not shape or not first or shape[0] != first[0] or shape[0] < 1:
             raise ValueError(

@@ -218,9 +218,11 @@ def choose_guard_bits(
     found = max(audits, key=lambda each: (each.suggested_guard_bits is None, each.max_drift))
     suggested = [each.suggested_guard_bits for each in audits]
     if found.invalid:
+        bits = fixed_point.frac_bits
         raise ValueError(
             f"{found.invalid} elements of the states are NaN or beyond int32, so no guard bits "
-            "can be chosen; check x and the parameters, or lower frac_bits"
+            f"can be chosen; check x and the parameters, or lower frac_bits={bits}, which has room "
+            f"up to {2.0 ** (31 - bits):.3g}"
         )
     if found.suggested_guard_bits is not None:
         chosen = max(at_least, *(each for each in suggested if each is not None))

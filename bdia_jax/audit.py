@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bdia_jax._call import BlockFn, Operands, Static, prepare
-from bdia_jax.fixed_point import FixedPoint, quantize
+from bdia_jax.fixed_point import INVALID, FixedPoint, quantize
 from bdia_jax.recurrence import Rounding
 from bdia_jax.scan import Seen, forward_scan, reverse_scan
 
@@ -34,6 +34,8 @@ class Audit:
         x0_mismatches: elements of x_0 that came out wrong when the same backward pass was
             compiled without any of the above being looked at.
         invalid: elements of the states x_0 .. x_{K-2} that are NaN or left the int32 range.
+        largest: the largest |x| of those states that is a number; `fixed_point` has room for
+            2^(31 - frac_bits).
         max_drift: largest drift of a sound rebuild: `drift.max()`, measured again with
             as many guard bits as fit if the audited format was not exact; infinite if even that
             rebuild failed.
@@ -54,6 +56,7 @@ class Audit:
     max_drift: float
     h_spacing: float
     suggested_guard_bits: int | None
+    largest: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -80,6 +83,16 @@ class Audit:
             f"guard corrected {int(self.corrections.sum())} roundings; "
             f"largest drift {self.max_drift:.3g} quanta, "
             f"bound {self.fixed_point.drift_bound:g}; suggested guard_bits {suggestion}"
+            f"{self._room()}"
+        )
+
+    def _room(self) -> str:
+        limit = 2.0 ** (31 - self.fixed_point.frac_bits)
+        if not self.invalid and 8 * self.largest < limit:
+            return ""
+        return (
+            f"; states reach {self.largest:.3g}, and frac_bits={self.fixed_point.frac_bits} has "
+            f"room up to {limit:.3g}, beyond which they are NaN: lower frac_bits, or scale x down"
         )
 
 
@@ -135,6 +148,8 @@ def audit(
         token_chunks=token_chunks,
         per_sample=per_sample,
     )
+    if not operands.x0.size:
+        raise ValueError(f"x0 has shape {operands.x0.shape}, so there is nothing to audit")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
         raise ValueError("audit returns numbers and compiles for itself; call it outside jit")
 
@@ -161,6 +176,7 @@ def audit(
         max_drift=max_drift,
         h_spacing=h_spacing,
         suggested_guard_bits=_suggest(max_drift, h_spacing, fixed_point),
+        largest=float(seen["largest"].max(initial=0.0)) * 2.0**-fixed_point.frac_bits,
     )
 
 
@@ -213,7 +229,8 @@ def forward_and_back(static: Static, operands: Operands, probe: bool):
             "corrections": jnp.sum(seen.correction != 0),
             "drift": jnp.max(jnp.where(jnp.isnan(drift), 0.0, drift)),
             "largest_h": largest_h,
-            "invalid": jnp.sum(n == jnp.int32(-(2**31))),
+            "invalid": jnp.sum(n == INVALID),
+            "largest": jnp.max(jnp.where(n == INVALID, 0.0, jnp.abs(n.astype(jnp.float32)))),
         }
 
     gradients, _, n0, looked = reverse_scan(

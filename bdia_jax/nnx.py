@@ -166,7 +166,9 @@ class BDIAStack(Stack):
     def inference_gamma(self, gamma: float) -> None:
         self._inference_gamma = check_inference_gamma(gamma)
 
-    def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
+    def __call__(
+        self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None, **by_name: Any
+    ) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
 
         Args:
@@ -177,7 +179,14 @@ class BDIAStack(Stack):
 
         Raises:
             ValueError: as `bdia_scan`, and as `bdia_jax.sharding.state_sharding` with a mesh.
+            TypeError: an argument of the block that is given by name.
         """
+        if by_name:
+            name = next(iter(by_name))
+            raise TypeError(
+                f"{name}= is given by name; what blocks are called with is given by position, in "
+                f"the order of the block's call: stack(x, {name})"
+            )
         rngs = self.rngs if rngs is None else rngs
         x = constrain(x, self.mesh)
         gamma, backprop = self._draw(x, rngs)

@@ -21,6 +21,7 @@ from bdia_jax._call import (
     Operands,
     PyTree,
     Static,
+    bind_static,
     check,
     compiled_once,
     separate,
@@ -75,7 +76,8 @@ def bdia_scan(
             or not +-2^-gamma_bits when reversible) makes x_K and every gradient NaN instead of
             raising.
         *consts: pytrees handed to every block (encoder memory, masks, conditioning); the
-            gradients of their float leaves are summed over blocks.
+            gradients of their float leaves are summed over blocks. A Python bool, int or str
+            stays one, for the block to decide by.
         fixed_point: the state format, or None for no quantization.
         backprop: "reversible"; "store", plain autodiff, the reference; or "remat",
             `jax.checkpoint` around every block. The forward values are the same bits. Only
@@ -118,6 +120,7 @@ def bdia_scan(
         (12, 16, 16)
     """
     options = {"fixed_point": fixed_point, "backprop": backprop}
+    block_fn, consts = bind_static(block_fn, consts)
     arrays, parts = check(params, x0, gamma, consts, verify=verify, failures=failures, **options)
     run = compiled_once(
         _run,

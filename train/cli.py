@@ -100,11 +100,20 @@ def _reason(error: BaseException) -> str:
     if isinstance(first, OSError):
         reason = str(first).splitlines()[-1].strip() if str(first) else "it cannot be read"
         return f"--config: {reason}; name a file such as configs/vit_digits.py"
+    if isinstance(error, flags.Error) and "as a ConfigDict" in str(error):
+        given = str(error).partition(":")[0].removeprefix("flag ")
+        return f"{given}: this is a group of fields; give one, {given.partition('=')[0]}.NAME=VALUE"
     if isinstance(error, flags.Error) and not _is_of_config_file(first):
         text = str(error)  # "flag --config.batch_size=abc: ...", or with a whole traceback
         return f"--config: {first}" if "\n" in text else text
     if type(first) is ValueError:
         return str(first)
+    if isinstance(first, SyntaxError):
+        return f"--config: {first.filename}, line {first.lineno} is no Python: {first.msg}"
+    if isinstance(first, AttributeError) and str(first).endswith("attribute 'get_config'"):
+        return (
+            f"--config: {_config_file()} has no function get_config, as configs/vit_digits.py has"
+        )
     if isinstance(first, AttributeError | KeyError) and not _is_of_config_file(first):
         name = first.args[0] if first.args else first
         near = re.search(r'Did you mean "(\w+)"', str(error))  # of ml_collections
@@ -112,6 +121,12 @@ def _reason(error: BaseException) -> str:
     where = traceback.extract_tb(first.__traceback__)
     place = f" ({where[-1].filename}, line {where[-1].lineno})" if where else ""
     return f"{type(first).__name__}: {first}{place}"
+
+
+def _config_file() -> str:
+    """What --config names, without what follows a colon."""
+    given = [argument for argument in sys.argv if argument.lstrip("-").startswith("config=")]
+    return given[-1].partition("=")[2].partition(":")[0] if given else "the file"
 
 
 def _is_of_config_file(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """Fuzzed command lines and configs: refused by an error of ours, or accepted; no traceback."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -147,3 +148,32 @@ def test_what_ends_a_process_is_seen(read, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.fuzz_files._SECONDS", 1)
     monkeypatch.setattr("benchmarks.fuzz_files._BYTES", 2**20)
     assert apart(FileCase("e2e", b""), tmp_path, read)[0] == FAILED
+
+
+# --- a command line, by hand -----------------------------------------------------------------
+
+NO_CONFIGS = {
+    "x = 1": "FILE has no function get_config, as configs/vit_digits.py has",
+    "def get_config(:": "FILE, line 1 is no Python: invalid syntax",
+    "def get_config(): return 1 / 0": "ZeroDivisionError: division by zero (FILE, line 1)",
+    "import nonsense": "ModuleNotFoundError: No module named 'nonsense' (FILE, line 1)",
+    "def get_config(): return 3": "get_config() returned a int, expected a ConfigDict",
+}
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS)
+def test_a_file_that_is_no_config_is_told_in_a_line(text, tmp_path, scratch, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of a config before
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    found = run_case(Case("train", [f"--config={file}", "--workdir=w"]), scratch, checked)
+    assert found.kind == REFUSED
+    assert NO_CONFIGS[text].replace("FILE", str(file)) in found.message
+    assert "\n" not in found.message
+
+
+@pytest.mark.parametrize("name", ["model", "input"])
+def test_a_group_of_fields_is_no_field(name, scratch):
+    arguments = [f"--config={CONFIGS / 'vit_digits.py'}", f"--config.{name}=vit", "--workdir=w"]
+    found = run_case(Case("train", arguments), scratch, checked)
+    assert f"this is a group of fields; give one, --config.{name}.NAME=VALUE" in found.message

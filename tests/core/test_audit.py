@@ -185,3 +185,11 @@ def test_the_spacing_of_h_is_that_of_its_dtype_at_its_largest(dtype):
     block = lambda params, x: jnp.clip(x, -0.75, 0.75).astype(dtype)  # noqa: E731
     found = bdia.audit(block, *make_case(3, (4, 8)))
     assert found.h_spacing == 0.5 * float(jnp.finfo(dtype).eps) * 2**9
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_states_near_the_end_of_the_format_are_told(scale):
+    params, x0, gamma = make_case(3, (2, 4))
+    found = bdia.audit(tanh_block, params, x0.at[0, 0].set(scale * 2.0**20), gamma)
+    assert found.exact and found.largest == pytest.approx(scale * 2.0**20, rel=0.01)
+    assert ("frac_bits=9 has room up to 4.19e+06" in str(found)) == (scale == 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import make_case, tanh_block
 
-from bdia_jax import FixedPoint, bdia_scan
+from bdia_jax import FixedPoint, audit, bdia_scan
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PARAMS, X0, GAMMA = make_case(3, (4, 5))
@@ -25,6 +25,8 @@ PARAMS, X0, GAMMA = make_case(3, (4, 5))
         ({"x0": jnp.zeros((4, 5), int)}, "int32", "x0.astype(jnp.float32)"),
         ({"x0": jnp.float32(0)}, "shape ()", "[B, ..., D]"),
         ({"params": {}}, "no array", "number of blocks is unknown"),
+        ({"params": jax.tree.map(lambda leaf: leaf[:0], PARAMS)}, "K = 0", "one is needed"),
+        ({"params": [{"w": jnp.ones((5, 5))}] * 3}, "a list of 3", "jnp.stack(leaves), *params"),
         ({"params": PARAMS | {"b": jnp.zeros(2)}}, "shape (2,)", "jax.vmap of the init"),
         ({"params": PARAMS | {"b": jnp.zeros(())}}, "shape ()", "jax.vmap of the init"),
         ({"params": PARAMS | {"act": "relu"}}, "params['act'] is 'relu'", "functools.partial"),
@@ -164,3 +166,50 @@ def test_reversible_gradients_need_gamma():
 def test_frac_bits_beyond_the_format_are_refused_before_any_scan():
     with pytest.raises(ValueError, match="frac_bits is 40"):
         bdia_scan(tanh_block, PARAMS, X0, GAMMA, fixed_point=FixedPoint(frac_bits=40))
+
+
+# --- what Python decides by -----------------------------------------------------------------
+
+
+def of_flags(params, x, is_on, options, scale):
+    h = tanh_block(params, x)
+    return scale * (h if is_on and options["act"] == "tanh" else 0 * h)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_chunks": 2, "per_sample": False}])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_bool_int_or_str_among_consts_is_the_blocks_to_decide_by(is_on, options):
+    consts = (is_on, {"act": "tanh", "none": None}, 2)
+    expected = bdia_scan(lambda p, x: 2 * is_on * tanh_block(p, x), PARAMS, X0, GAMMA)
+    actual = bdia_scan(of_flags, PARAMS, X0, GAMMA, *consts, **options)
+    np.testing.assert_array_equal(actual, expected)
+    audit(of_flags, PARAMS, X0, GAMMA, *consts)
+
+
+def test_true_is_not_taken_for_1():
+    def block(params, x, flag):
+        return jnp.zeros_like(x) if flag is True else tanh_block(params, x)
+
+    on, off = (bdia_scan(block, PARAMS, X0, GAMMA, flag) for flag in (True, 1))
+    assert (on != off).any()
+
+
+def test_branches_see_them_too():
+    branches = (of_flags, of_flags)
+    consts = (True, {"act": "tanh"}, 1)
+    expected = bdia_scan((tanh_block, tanh_block), PARAMS, X0, GAMMA)
+    np.testing.assert_array_equal(bdia_scan(branches, PARAMS, X0, GAMMA, *consts), expected)
+
+
+# --- nothing to do --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+def test_nothing_to_audit_is_said(shape):
+    x0, gamma = jnp.zeros(shape), GAMMA[:, : shape[0]]
+    block = lambda params, x: jnp.tanh(x)  # noqa: E731
+    assert bdia_scan(block, PARAMS, x0, gamma).shape == shape
+    with pytest.raises(
+        ValueError, match=rf"x0 has shape {re.escape(str(shape))}.*nothing to audit"
+    ):
+        audit(block, PARAMS, x0, gamma)

@@ -271,6 +271,14 @@ def _log_train(
     checkpoints.wait()
     raise ValueError(
         f"{said}; the state before it is checkpoint {at}. Try a lower learning_rate or "
-        "grad_clip_norm > 0 in a new --workdir, or leave such steps out from here on by the same "
-        "command and --config.non_finite=skip"
+        f"grad_clip_norm > 0 in a new --workdir{_room(config)}, or leave such steps out from here "
+        "on by the same command and --config.non_finite=skip"
     )
+
+
+def _room(config: Config) -> str:
+    """The remedy for states that outgrow their format, which come out as NaN."""
+    if config.stack != "bdia" or not config.quantize:
+        return ""
+    limit = 2.0 ** (31 - config.frac_bits)
+    return f", a lower frac_bits={config.frac_bits} if states outgrow +-{limit:.3g}"
