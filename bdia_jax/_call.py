@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from bdia_jax import _checks
 from bdia_jax._block import Block, Leaves, make_block, partition
@@ -108,6 +109,8 @@ def check(
     reversible_format = fixed_point if backprop == "reversible" else None
     gamma = _checks.check_gamma(gamma, depth, x0.shape[0], reversible_format)
     parts = _checks.check_verify(verify, failures, depth, x0, backprop)
+    if failures is not None:
+        failures = jnp.asarray(failures, jnp.float32)
     return Arrays(params, x0, gamma, consts, failures), parts
 
 

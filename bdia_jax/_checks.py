@@ -147,7 +147,8 @@ def check_verify(verify, failures, depth: int, x0, backprop: str) -> int:
             f"failures with verify={verify!r} and backprop={backprop!r}: nothing is verified, so "
             "nothing counted; leave it out, or take verify=True and backprop='reversible'"
         )
-    if jnp.shape(failures) != (depth,) or jnp.result_type(failures) != jnp.float32:
+    is_float = jnp.issubdtype(jnp.result_type(failures), jnp.floating)
+    if jnp.shape(failures) != (depth,) or not is_float:
         raise ValueError(
             f"failures is {jnp.result_type(failures)} of shape {jnp.shape(failures)}, expected "
             f"jnp.zeros({depth}), one for each block"

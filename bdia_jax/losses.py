@@ -90,7 +90,7 @@ def softmax_cross_entropy(
         label_smoothing,
     )
     features, table, bias, labels = alike(features, table, bias, labels)
-    flat_features = features.reshape(-1, features.shape[-1])
+    flat_features = features.reshape(labels.size, features.shape[-1])
     loss: Any = _jitted_loss(config, flat_features, table, bias, labels.reshape(-1))
     return loss.reshape(labels.shape)
 

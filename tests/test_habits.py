@@ -64,6 +64,7 @@ SCANS = {
     "remat": scan(backprop="remat"),
     "floats": scan(backprop="store", fixed_point=None),
     "unverified, no guard": scan(verify=False, fixed_point=bdia.FixedPoint(guard_bits=0)),
+    "failures": scan(failures=jnp.zeros(K)),
     "branches": scan((f, f)),
     "batch chunks": scan(batch_chunks=2),
     "store, batch chunks": scan(batch_chunks=2, backprop="store"),

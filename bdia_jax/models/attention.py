@@ -127,7 +127,8 @@ class Attention(nnx.Module):
 
     def _output(self, attended):
         """[B, T, H, d] -> float32 [B, T, D]."""
-        return self.dropout(self.out(attended.reshape(*attended.shape[:-2], -1)))
+        *lead, heads, head_dim = attended.shape
+        return self.dropout(self.out(attended.reshape(*lead, heads * head_dim)))
 
 
 class CrossAttention(Attention):

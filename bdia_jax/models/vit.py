@@ -99,7 +99,8 @@ class ViT(nnx.Module):
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images have shape {images.shape}, expected [B, *{self.image_shape}]")
         patches = self.patches(images).astype(jnp.float32)
-        tokens = patches.reshape(len(images), -1, patches.shape[-1])
+        batch, height, width, features = patches.shape
+        tokens = patches.reshape(batch, height * width, features)
         class_token = jnp.zeros_like(tokens[:, :1]) + self.class_token[...]
         x = jnp.concatenate([class_token, tokens], axis=1) + self.positions[...]
         x = self.stack(self.dropout(x, rngs=rngs), rngs=rngs)

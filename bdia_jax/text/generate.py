@@ -138,6 +138,11 @@ def _open_cache(model, prompt, lengths, num_tokens):
 
 def _check_lengths(model, prompt, num_tokens, prompt_lengths) -> None:
     batch_size, prompt_len = prompt.shape
+    if not prompt_len:
+        raise ValueError(
+            f"prompt has shape {prompt.shape}, expected a token at least: to begin with nothing, "
+            "take the one that ends texts"
+        )
     most = model.max_len - prompt_len
     if not 1 <= num_tokens <= most:
         raise ValueError(

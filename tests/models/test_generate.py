@@ -108,6 +108,16 @@ def test_after_the_end_token_there_is_nothing_else(gpt2):
     assert np.any(free != stopped) and ends[1] in stopped[1]
 
 
+@pytest.mark.full
+def test_no_samples_and_no_tokens(gpt2):
+    none = jnp.zeros((0, 4), jnp.int32)
+    assert generate(gpt2, none, 3, key=KEY).shape == (0, 7)
+    assert at_inference(gpt2, none).shape[:2] == (0, 4)
+    assert at_inference(gpt2, none.T).shape[:2] == (4, 0)
+    with pytest.raises(ValueError, match=r"prompt has shape \(4, 0\), expected a token"):
+        generate(gpt2, none.T, 3)
+
+
 @pytest.mark.parametrize(
     "num_tokens, options, message",
     [

@@ -10,10 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from toy_runs import losses, points, saved_bits, tiny
 
 import train.loop.train as program
 from configs import resnet15_cifar10, vit_cifar10, vit_cifar100
+from train.inference.open_run import open_run
 from train.loop import guard_bits
 from train.loop.log import read_records
 from train.loop.program import make_program
@@ -185,6 +187,15 @@ def test_loss_falls(tmp_path, data_dir):
     train(config, str(tmp_path))
     (*_, first), *_, (*_, last) = losses(tmp_path, "train")
     assert last < first - 0.1
+
+
+@pytest.mark.full
+def test_a_run_with_x64_has_float32_parameters(tmp_path, data_dir):
+    with jax.enable_x64(True):
+        train(tiny(data_dir, num_steps=2), str(tmp_path))
+        params = nnx.state(open_run(tmp_path, data_dir).model, nnx.Param)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    assert np.isfinite([loss for *_, loss in losses(tmp_path)]).all()
 
 
 def test_finished_run_is_left_as_it_is(straight):
