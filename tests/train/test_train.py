@@ -192,7 +192,7 @@ def test_loss_falls(tmp_path, data_dir):
 @pytest.mark.full
 def test_a_run_with_x64_has_float32_parameters(tmp_path, data_dir):
     with jax.enable_x64(True):
-        train(tiny(data_dir, num_steps=2), str(tmp_path))
+        train(tiny(data_dir, num_steps=4), str(tmp_path))
         params = nnx.state(open_run(tmp_path, data_dir).model, nnx.Param)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     assert np.isfinite([loss for *_, loss in losses(tmp_path)]).all()
