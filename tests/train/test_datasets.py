@@ -244,9 +244,9 @@ def test_cifar_pickles_run_no_code(capsys, protocol):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"data": [1, 2]}, "data_batch_1 has no uint8 array 'data'; its keys are"),
-        ({"data": np.zeros((2, 3072))}, "data_batch_1 has no uint8 array 'data'"),
-        ({"data": np.zeros((2, 100), np.uint8)}, r"shape \(2, 100\), expected \[N, 3072\]"),
+        ({"data": [1, 2]}, "data_batch_1 has no array 'data'; its keys are"),
+        ({"data": np.zeros((2, 3072))}, "not a batch of CIFAR images .* not of dtype uint8"),
+        ({"data": np.zeros((2, 100), np.uint8)}, r"200 bytes, expected shape \[N, 3072\]"),
         ({"labels": [0]}, "data_batch_1 has 1 labels for 2 images"),
         ({"labels": [0, 10]}, r"labels are not all in 0\.\.9"),
         ({"labels": None}, "data_batch_1 has no list 'labels'; its keys are"),
@@ -261,7 +261,7 @@ def test_bad_cifar_batch(changed, message):
 
 
 def test_bad_cifar_names_and_damaged_pickles():
-    with pytest.raises(ValueError, match=r"label_names are \['cat'\], expected 10 different"):
+    with pytest.raises(ValueError, match="label_names has 1 entries, expected 10 different"):
         Cifar10.label_names({"batches.meta": pickle.dumps({"label_names": ["cat"]})})
     for content in (b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"data": 1})[:-3]):
         with pytest.raises(ValueError, match="test_batch is not a batch of CIFAR images"):
