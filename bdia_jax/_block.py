@@ -86,6 +86,11 @@ def make_block(
             is then left whole, as nothing depends on it but memory.
     """
     fns = tuple(block_fn) if isinstance(block_fn, (tuple, list)) else (block_fn,)
+    if wrong := [fn for fn in fns if not callable(fn)]:
+        raise ValueError(
+            f"block_fn is or has {wrong[0]!r} of type {type(wrong[0]).__name__}, expected a "
+            "callable (params_k, x, *consts) -> h, or a tuple of them, its branches"
+        )
     token_chunks = check_chunks(len(fns), x0, batch_chunks, token_chunks)
     batch = x0.shape[0]
     cut, unknown = check_per_sample(per_sample, consts, batch)

@@ -90,9 +90,10 @@ class Audit:
         limit = 2.0 ** (31 - self.fixed_point.frac_bits)
         if not self.invalid and 8 * self.largest < limit:
             return ""
+        reach = "are NaN or beyond that" if self.invalid else f"reach {self.largest:.3g}"
         return (
-            f"; states reach {self.largest:.3g}, and frac_bits={self.fixed_point.frac_bits} has "
-            f"room up to {limit:.3g}, beyond which they are NaN: lower frac_bits, or scale x down"
+            f"; frac_bits={self.fixed_point.frac_bits} has room for states up to {limit:.3g}, and "
+            f"they {reach}: lower frac_bits, or scale x down"
         )
 
 

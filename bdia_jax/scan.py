@@ -76,8 +76,8 @@ def bdia_scan(
             or not +-2^-gamma_bits when reversible) makes x_K and every gradient NaN instead of
             raising.
         *consts: pytrees handed to every block (encoder memory, masks, conditioning); the
-            gradients of their float leaves are summed over blocks. A Python bool, int or str
-            stays one, for the block to decide by.
+            gradients of their float leaves are summed over blocks. A Python bool or str stays
+            one, for the block to decide by: every value compiles a program.
         fixed_point: the state format, or None for no quantization.
         backprop: "reversible"; "store", plain autodiff, the reference; or "remat",
             `jax.checkpoint` around every block. The forward values are the same bits. Only

@@ -125,8 +125,8 @@ def _reason(error: BaseException) -> str:
 
 def _config_file() -> str:
     """What --config names, without what follows a colon."""
-    given = [argument for argument in sys.argv if argument.lstrip("-").startswith("config=")]
-    return given[-1].partition("=")[2].partition(":")[0] if given else "the file"
+    given = " ".join(sys.argv).replace("--config ", "--config=").rpartition("--config=")[2]
+    return re.split("[: ]", given)[0] or "the file"
 
 
 def _is_of_config_file(error: BaseException) -> bool:

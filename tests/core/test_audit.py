@@ -192,4 +192,7 @@ def test_states_near_the_end_of_the_format_are_told(scale):
     params, x0, gamma = make_case(3, (2, 4))
     found = bdia.audit(tanh_block, params, x0.at[0, 0].set(scale * 2.0**20), gamma)
     assert found.exact and found.largest == pytest.approx(scale * 2.0**20, rel=0.01)
-    assert ("frac_bits=9 has room up to 4.19e+06" in str(found)) == (scale == 1)
+    said = "frac_bits=9 has room for states up to 4.19e+06, and they reach 1.05e+06"
+    assert (said in str(found)) == (scale == 1)
+    beyond = bdia.audit(tanh_block, params, x0.at[0, 0].set(5e6), gamma)
+    assert "they are NaN or beyond that: lower frac_bits" in str(beyond)

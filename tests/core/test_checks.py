@@ -24,6 +24,7 @@ PARAMS, X0, GAMMA = make_case(3, (4, 5))
         ({"x0": X0.astype(jnp.float16)}, "float16", "x0.astype(jnp.float32)"),
         ({"x0": jnp.zeros((4, 5), int)}, "int32", "x0.astype(jnp.float32)"),
         ({"x0": jnp.float32(0)}, "shape ()", "[B, ..., D]"),
+        ({"block_fn": None, "consts": (True,)}, "NoneType", "callable"),
         ({"params": {}}, "no array", "number of blocks is unknown"),
         ({"params": jax.tree.map(lambda leaf: leaf[:0], PARAMS)}, "K = 0", "one is needed"),
         ({"params": [{"w": jnp.ones((5, 5))}] * 3}, "a list of 3", "jnp.stack(leaves), *params"),
@@ -178,7 +179,7 @@ def of_flags(params, x, is_on, options, scale):
 
 @pytest.mark.parametrize("options", [{}, {"batch_chunks": 2, "per_sample": False}])
 @pytest.mark.parametrize("is_on", [True, False])
-def test_a_bool_int_or_str_among_consts_is_the_blocks_to_decide_by(is_on, options):
+def test_a_bool_or_str_among_consts_is_the_blocks_to_decide_by(is_on, options):
     consts = (is_on, {"act": "tanh", "none": None}, 2)
     expected = bdia_scan(lambda p, x: 2 * is_on * tanh_block(p, x), PARAMS, X0, GAMMA)
     actual = bdia_scan(of_flags, PARAMS, X0, GAMMA, *consts, **options)
@@ -190,7 +191,7 @@ def test_true_is_not_taken_for_1():
     def block(params, x, flag):
         return jnp.zeros_like(x) if flag is True else tanh_block(params, x)
 
-    on, off = (bdia_scan(block, PARAMS, X0, GAMMA, flag) for flag in (True, 1))
+    on, off = (bdia_scan(block, PARAMS, X0, GAMMA, flag) for flag in (True, 1))  # a leaf
     assert (on != off).any()
 
 
