@@ -106,6 +106,12 @@ def unoptimized():
         yield
 
 
+@pytest.fixture(autouse=True)
+def doctests_compile_quickly(request):
+    if isinstance(request.node, pytest.DoctestItem):
+        request.getfixturevalue("unoptimized")
+
+
 @pytest.fixture(scope="module")  # and no longer: exactness is tested in optimized programs
 def quick_compile():
     """`unoptimized` for all tests of a module, and for its fixtures of this scope."""

@@ -100,7 +100,7 @@ def test_full_tests_wait_for_their_flag_or_their_name(suite, args, passed):
     assert result.ret == 0 and result.parseoutcomes()["passed"] == passed
 
 
-@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.full)])
+@pytest.mark.parametrize("workers", [[]])
 def test_a_claim_without_its_control_ends_the_whole_suites_collection(suite, workers):
     run = suite.runpytest_subprocess if workers else suite.runpytest_inprocess
     suite.path.joinpath("test_two.py").write_text("def test_other(): pass")

@@ -20,7 +20,7 @@ from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stac
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 IN_ALL = [module.__name__.split(".")[-1] for module in all_benchmarks.RUNS]
-ALONE = ["rebuild_error", "gpt2_memory", "vit_memory", "finetune_memory", "deep"]
+ALONE = ["rebuild_error", "gpt2_memory", "deep"]
 ALONE += ["communication", "soak", "verification"]
 DRAWN = {"memory", "step_time", "limits", "compile_time", "rebuild_error", "deep"}
 

@@ -26,7 +26,7 @@ def scratch(tmp_path_factory, data_dir):
 
 @pytest.mark.claim("bad input gets one line")
 @pytest.mark.parametrize(
-    ("cases", "tiny", "processes"), [(100, 0, 0), pytest.param(300, 3, 2, marks=pytest.mark.full)]
+    ("cases", "tiny", "processes"), [(100, 0, 0), pytest.param(200, 2, 2, marks=pytest.mark.full)]
 )
 def test_no_case_ends_in_another_exception(scratch, cases, tiny, processes):
     """A hundredth of what benchmarks/results/fuzz.json has, by the same function."""
@@ -120,9 +120,9 @@ def _digits():
 @pytest.mark.claim("a downloaded file cannot run code, crash, fill the memory or hang")
 def test_no_file_ends_in_another_way():
     """A small part of what benchmarks/results/fuzz_files.json has, by the same function."""
-    found = fuzz_files(range(300))
+    found = fuzz_files(range(120))
     assert found["failures"] == []
-    assert found["totals"][REFUSED] > 50 and found["totals"][ACCEPTED] > 50
+    assert found["totals"][REFUSED] > 20 and found["totals"][ACCEPTED] > 20
     assert len(found["readers"]) == 9 and make_file(17) == make_file(17)
 
 

@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
 @pytest.mark.claim("bad input gets one line")
 def test_no_folder_ends_in_another_exception(tmp_path):
     """A few of what benchmarks/results/fuzz_folders.json has, by the same function."""
-    found = fuzz_folders(tmp_path, range(60))
+    found = fuzz_folders(tmp_path, range(30))
     assert found["failures"] == []
-    assert found["totals"][REFUSED] > 30 and found["totals"][ACCEPTED]
+    assert found["totals"][REFUSED] > 15 and found["totals"][ACCEPTED]
     assert found["spoilt"].keys() == {"config", "header", "index", "bytes", "generation"}
     for folder in ("a", "b"):
         spoil_folder(17, tmp_path / "sound", tmp_path / folder)

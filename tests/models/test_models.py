@@ -307,7 +307,6 @@ def audit(name, stack=BDIAStack, **options):
     [
         ("gpt2", {"depth": 5}),
         pytest.param("llama", {"dtype": jnp.bfloat16}, marks=FULL),
-        pytest.param("linformer", {"depth": 9, "dropout_rate": 0.1}, marks=FULL),
         pytest.param("transformer", {"decoder_depth": 5}, marks=FULL),
     ],
 )

@@ -82,7 +82,7 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     tmp_path, data_dir, quick_processes
 ):
     """Two devices each; then eight of one process, from what the two had saved half-way."""
-    changes = {"data_dir": data_dir, "num_steps": 8, "checkpoint_every_steps": 4}
+    changes = {"data_dir": data_dir, "num_steps": 4, "checkpoint_every_steps": 2}
     changes |= {"frac_bits": 20}  # with 9, sums that round otherwise now and then move a quantum
     config = replace(CONFIG, **changes)
     train(config, str(tmp_path / "one"))
@@ -94,17 +94,15 @@ def test_two_processes_then_other_devices_train_as_one_device_does(
     two = params_of(tmp_path / "two", data_dir)
     assert worst(two, one) < 1e-5
 
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")  # as if it had been stopped
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")  # as if it had been stopped
     records = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "two" / "metrics.jsonl").write_text("".join(records[:-1]))
+    assert worst(params_of(tmp_path / "two", data_dir), one) > 1e-4  # the control
     train(on(config, data=2, fsdp=2, tensor=2), str(tmp_path / "two"))
     resumed = params_of(tmp_path / "two", data_dir)
     starts = [r["step"] for r in read_records(tmp_path / "two") if r["kind"] == "start"]
-    assert starts == [0, 4]
+    assert starts == [0, 2]
     assert 0 < worst(resumed, two) < 1e-5
-    other = replace(config, seed=1)  # the control
-    train(other, str(tmp_path / "other"))
-    assert worst(params_of(tmp_path / "other", data_dir), one) > 1e-2
 
 
 def test_a_fingerprint_is_of_every_example():
