@@ -222,7 +222,7 @@ def choose_guard_bits(
         raise ValueError(
             f"{found.invalid} elements of the states are NaN or beyond int32, so no guard bits "
             f"can be chosen; check x and the parameters, or lower frac_bits={bits}, which has room "
-            f"up to {2.0 ** (31 - bits):.3g}"
+            f"up to {fixed_point.limit:.3g}"
         )
     if found.suggested_guard_bits is not None:
         chosen = max(at_least, *(each for each in suggested if each is not None))

@@ -34,8 +34,8 @@ class Audit:
         x0_mismatches: elements of x_0 that came out wrong when the same backward pass was
             compiled without any of the above being looked at.
         invalid: elements of the states x_0 .. x_{K-2} that are NaN or left the int32 range.
-        largest: the largest |x| of those states that is a number; `fixed_point` has room for
-            2^(31 - frac_bits).
+        largest: the largest |x| of those states that is a number; `fixed_point.limit` is
+            what they cannot reach.
         max_drift: largest drift of a sound rebuild: `drift.max()`, measured again with
             as many guard bits as fit if the audited format was not exact; infinite if even that
             rebuild failed.
@@ -87,7 +87,7 @@ class Audit:
         )
 
     def _room(self) -> str:
-        limit = 2.0 ** (31 - self.fixed_point.frac_bits)
+        limit = self.fixed_point.limit
         if not self.invalid and 8 * self.largest < limit:
             return ""
         reach = "are NaN or beyond that" if self.invalid else f"reach {self.largest:.3g}"

@@ -60,6 +60,11 @@ class FixedPoint:
             )
 
     @property
+    def limit(self) -> float:
+        """|x| that a state cannot reach, 2^(31-l): what does is NaN."""
+        return 2.0 ** (31 - self.frac_bits)
+
+    @property
     def side_bits(self) -> int:
         """Bits kept per activation and block, p + g."""
         return self.gamma_bits + self.guard_bits

@@ -100,16 +100,15 @@ def test_full_tests_wait_for_their_flag_or_their_name(suite, args, passed):
     assert result.ret == 0 and result.parseoutcomes()["passed"] == passed
 
 
-@pytest.mark.parametrize("workers", [[]])
-def test_a_claim_without_its_control_ends_the_whole_suites_collection(suite, workers):
-    run = suite.runpytest_subprocess if workers else suite.runpytest_inprocess
+def test_a_claim_without_its_control_ends_the_whole_suites_collection(suite):
+    run = suite.runpytest_inprocess
     suite.path.joinpath("test_two.py").write_text("def test_other(): pass")
-    result = run(*workers, "-rN")  # a summary says it once more, whole where CI is set
+    result = run("-rN")  # a summary says it once more, whole where CI is set
     told = "test_one.py::test_longer claims 'exact', which has no control"
     assert result.ret != 0 and result.stdout.str().count(told) == 1
     # a part does not show what is missing
-    assert run("test_one.py", *workers).ret == 0
-    assert run("-k", "quick", *workers).ret == 0
+    assert run("test_one.py").ret == 0
+    assert run("-k", "quick").ret == 0
 
 
 BUDGET = """

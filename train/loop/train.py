@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdia_jax import memory_report
+from bdia_jax import FixedPoint, memory_report
 from train.config import Config
 from train.data.tokens import Bpe
 from train.datasets.registry import footnote, open_builder
@@ -280,5 +280,5 @@ def _room(config: Config) -> str:
     """The remedy for states that outgrow their format, which come out as NaN."""
     if config.stack != "bdia" or not config.quantize:
         return ""
-    limit = 2.0 ** (31 - config.frac_bits)
+    limit = FixedPoint(config.frac_bits).limit
     return f", a lower frac_bits={config.frac_bits} if states outgrow +-{limit:.3g}"

@@ -1,4 +1,4 @@
-"""What a block keeps, sows or captures beside h comes out of a stack as of Flax's scans."""
+"""Stacks as Flax's and JAX's scans: what blocks sow or keep, metadata, tables, eager calls."""
 
 from functools import partial
 from typing import Any
