@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bdia_jax import _checks
 from bdia_jax._block import Block, Leaves, make_block, partition
@@ -56,7 +57,7 @@ class _Bound:
 def bind_static(block_fn: BlockFn, consts: tuple[PyTree, ...]) -> tuple[BlockFn, Any]:
     """(block_fn, consts) with what Python decides by, a bool or str, moved from consts to it."""
     leaves, treedef = jax.tree.flatten(consts)
-    values = [(type(v), v) if isinstance(v, bool | str) else None for v in leaves]
+    values = [(type(v), v) if isinstance(v, bool | str | np.bool_) else None for v in leaves]
     if not any(values) or not (callable(block_fn) or isinstance(block_fn, list | tuple)):
         return block_fn, consts
     arrays = [leaf if value is None else None for leaf, value in zip(leaves, values, strict=True)]

@@ -1,5 +1,6 @@
 """What bdia_scan refuses, each with the value and the remedy."""
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -54,11 +55,16 @@ def check_x0(x0) -> jax.Array:
 
 
 def check_stacked(params, gamma) -> None:
-    """Raises ValueError if params is a list with an element for each block, by all signs."""
-    if not isinstance(params, list | tuple) or len(params) < 2 or gamma is None:
+    """Raises ValueError if params is a list or dict with an entry for each block, by all signs."""
+    if not isinstance(params, list | tuple | dict) or gamma is None:
         return
     depth = jnp.shape(gamma)[:1]
-    alike = len({jax.tree.structure(each) for each in params}) == 1
+    layers, given = params, "*params"
+    if isinstance(params, dict):
+        layers, given = params.values(), "*params.values()"
+        if any(jax.tree_util.treedef_is_leaf(jax.tree.structure(each)) for each in layers):
+            return  # parameters by their names
+    alike = len({jax.tree.structure(each) for each in layers}) == 1
     if (
         alike
         and depth == (len(params),)
@@ -66,7 +72,7 @@ def check_stacked(params, gamma) -> None:
     ):
         raise ValueError(
             f"params is a {type(params).__name__} of {len(params)}, as if one for each block; "
-            "stack them: params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)"
+            f"stack them: params = jax.tree.map(lambda *leaves: jnp.stack(leaves), {given})"
         )
 
 
@@ -198,9 +204,10 @@ def check_chunks(functions: int, x0, batch_chunks, token_chunks) -> tuple[int, .
     return counts
 
 
-def check_count(name: str, count) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+def check_count(name: str, count) -> int:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} is {count!r}, expected a positive int")
+    return int(count)
 
 
 def check_per_sample(per_sample, consts, batch: int) -> tuple[list[bool], str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import core
+from flax import core, nnx
 from flax import linen as nn
 from flax.core.scope import subtract_filters
 
@@ -56,6 +56,16 @@ class PureBlock:
         if changed and self.is_in_parts:
             refuse_state(changed)
         return h, (aux, changed)
+
+
+def check_block(block: Any) -> None:
+    """Raises ValueError if it is no Linen module."""
+    if isinstance(block, nn.Module):
+        return
+    remedy = "give one module, the template of all blocks: BDIAStack(Block(...), depth)"
+    if isinstance(block, nnx.Module):
+        remedy = "for modules of NNX there is bdia_jax.nnx.BDIAStack"
+    raise ValueError(f"block is {block!r:.60}, expected a module of Linen; {remedy}")
 
 
 def changeable(scope: Any) -> Any:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax._checks import check_count
+from bdia_jax._constructor import check_rngs, maker
 from bdia_jax._flax import cast_floats, check_dtype, refuse_state, sum_of_branches
 
 _IS_STATE = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
@@ -46,7 +48,7 @@ class Stack(nnx.Module):
     """What all stacks of K residual blocks share; `bdia_jax.nnx` and `.baselines` have them.
 
     Args:
-        make_block: (rngs) -> nnx.Module.
+        make_block: (rngs) -> nnx.Module; a class is one, too, also if its rngs are keyword-only.
         depth: K, the number of blocks.
         rngs: initializes the blocks, one key a block, and seeds the stack's own streams
             "gamma" and "dropout".
@@ -60,7 +62,7 @@ class Stack(nnx.Module):
 
     def __init__(
         self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
+        make_block: Callable[..., nnx.Module],
         depth: int,
         *,
         rngs: nnx.Rngs,
@@ -69,13 +71,10 @@ class Stack(nnx.Module):
         dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        if depth < 1:
-            raise ValueError(f"depth is {depth}, expected at least one block")
-        stacked_init = nnx.vmap(
-            lambda block_rngs: make_block(block_rngs),
-            transform_metadata={nnx.PARTITION_NAME: None},
-        )
-        self.blocks = stacked_init(rngs.split(depth))
+        depth = check_count("depth", depth)
+        make_one = maker(make_block)
+        stacked_init = nnx.vmap(make_one, transform_metadata={nnx.PARTITION_NAME: None})
+        self.blocks = stacked_init(check_rngs(rngs).split(depth))
         self.rngs = nnx.Rngs(gamma=draw(rngs, "gamma"), dropout=draw(rngs, "dropout"))
         self.depth = depth
         self.backprop = backprop
@@ -225,7 +224,7 @@ def draw(rngs: nnx.Rngs, stream: str) -> jax.Array:
     """The next key of a stream, or of the default one."""
     # not rngs.gamma(): that is jax.random.gamma when there is no such stream
     try:
-        return rngs[stream]()
+        return check_rngs(rngs)[stream]()
     except KeyError:
         raise ValueError(
             f"rngs has no stream {stream!r} and no default; make it with nnx.Rngs(seed) or "

@@ -71,11 +71,10 @@ class Audit:
     def __str__(self) -> str:
         states = len(self.mismatches)
         wrong = int(self.mismatches.sum())
-        suggestion = (
-            f"{self.suggested_guard_bits}"
-            if self.suggested_guard_bits is not None
-            else "none fits: return h in float32, or lower frac_bits"
-        )
+        suggestion = f"{self.suggested_guard_bits}"
+        if self.suggested_guard_bits is None:
+            remedy = "" if self.invalid else ": return h in float32, or lower frac_bits"
+            suggestion = f"none fits{remedy}"
         return (
             f"{'exact' if self.exact else 'NOT EXACT'} with {self.fixed_point}: "
             f"{wrong} of {states * self.elements} rebuilt elements differ over {states} states "

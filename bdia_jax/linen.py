@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bdia_jax._checks import check_count
 from bdia_jax._flax import (
     WHOLE,
     branch_names,
@@ -20,7 +21,7 @@ from bdia_jax._flax import (
     sum_of_branches,
     verification,
 )
-from bdia_jax._linen import PureBlock, changeable, takes_deterministic
+from bdia_jax._linen import PureBlock, changeable, check_block, takes_deterministic
 from bdia_jax.audit import Audit, audit
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.scan import bdia_scan
@@ -104,6 +105,11 @@ class BDIAStack(nn.Module):
     deterministic: bool | None = None
     dtype: Any = None
     mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        check_block(self.block)
+        check_count("depth", self.depth)
+        super().__post_init__()
 
     def __call__(
         self, x: jax.Array, *consts: Any, deterministic: bool | None = None, **block_kwargs: Any

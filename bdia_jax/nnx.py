@@ -18,6 +18,7 @@ from bdia_jax._flax import (
     choose_evaluation,
     choose_guard_bits,
     draw_gamma,
+    refuse_named,
     verification,
 )
 from bdia_jax._stack import (
@@ -131,7 +132,7 @@ class BDIAStack(Stack):
 
     def __init__(
         self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
+        make_block: Callable[..., nnx.Module],
         depth: int,
         *,
         rngs: nnx.Rngs,
@@ -181,12 +182,7 @@ class BDIAStack(Stack):
             ValueError: as `bdia_scan`, and as `bdia_jax.sharding.state_sharding` with a mesh.
             TypeError: an argument of the block that is given by name.
         """
-        if by_name:
-            name = next(iter(by_name))
-            raise TypeError(
-                f"{name}= is given by name; what blocks are called with is given by position, in "
-                f"the order of the block's call: stack(x, {name})"
-            )
+        refuse_named(by_name)
         rngs = self.rngs if rngs is None else rngs
         x = constrain(x, self.mesh)
         gamma, backprop = self._draw(x, rngs)
@@ -199,12 +195,15 @@ class BDIAStack(Stack):
             aux = (tuple(aux_i for aux_i, _ in aux), nnx.State({}))
         return finish(self, out, aux)
 
-    def audit(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Audit:
+    def audit(
+        self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None, **by_name: Any
+    ) -> Audit:
         """`bdia_jax.audit` of this stack in training mode: is its rebuild exact here?
 
         Args:
             x, consts, rngs: as in a call. Not under jit; all K states must fit in memory.
         """
+        refuse_named(by_name, "stack.audit")
         check_trains(self, deterministic=self.deterministic)
         rngs = self.rngs if rngs is None else rngs
         x = constrain(x, self.mesh)
@@ -221,6 +220,7 @@ class BDIAStack(Stack):
         at_least: int = 1,
         draws: int = 3,
         rngs: nnx.Rngs | None = None,
+        **by_name: Any,
     ) -> Audit:
         """Sets `fixed_point.guard_bits` to what audits suggest, and returns the audit of it.
 
@@ -243,6 +243,7 @@ class BDIAStack(Stack):
         Raises:
             ValueError: as `audit`; no number of guard bits is enough, or states are not finite.
         """
+        refuse_named(by_name, "stack.choose_guard_bits")
         check_trains(self, deterministic=self.deterministic)
         before: Any = self.fixed_point
 

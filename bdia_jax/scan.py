@@ -82,7 +82,7 @@ def bdia_scan(
         backprop: "reversible"; "store", plain autodiff, the reference; or "remat",
             `jax.checkpoint` around every block. The forward values are the same bits. Only
             the latter two take gamma of any magnitude, and only they can differentiate
-            with gamma None.
+            with gamma None, or forward (`jax.jvp`).
         has_aux: whether block_fn returns (h, aux).
         batch_chunks: chunks of the batch a block is evaluated on, one after the other; the
             backward pass of "reversible" needs memory for one chunk, and evaluates nothing more

@@ -15,7 +15,7 @@ LIBRARY = [
     ["_block", "_parts", "_autodiff", "_call"],
     ["scan", "memory", "losses", "optim"],
     ["audit", "remat"],
-    ["_flax", "_stack", "_linen", "sharding"],
+    ["_constructor", "_flax", "_stack", "_linen", "sharding"],
     ["nnx", "linen"],
     ["", "baselines", "models"],
     ["lora", "text"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax._flax import refuse_named
 from bdia_jax._stack import Pure, Stack, call_whole, draw, finish, pure_blocks, state_names
 from bdia_jax.baselines.float_scan import (
     Coefficients,
@@ -35,7 +36,9 @@ class _FloatStack(Stack):
         coefficients = self._coefficients(x.shape[0], rngs)
         return pure_blocks(self, rngs, *self._calls), coefficients
 
-    def __call__(self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None) -> Any:
+    def __call__(
+        self, x: jax.Array, *consts: Any, rngs: nnx.Rngs | None = None, **by_name: Any
+    ) -> Any:
         """x_K, float32 [B, ..., D]; or (x_K, aux stacked [K, ...]) with `has_aux`.
 
         Args:
@@ -44,6 +47,7 @@ class _FloatStack(Stack):
             rngs: streams "gamma" and "dropout" (or a default) for this call, in place of the
                 stack's own.
         """
+        refuse_named(by_name)
         x = constrain(x, self.mesh)
         pure, coefficients = self._prepare(x, rngs)
         states, aux = float_scan(
@@ -97,7 +101,7 @@ class RevStack(_FloatStack):
 
     def __init__(
         self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
+        make_block: Callable[..., nnx.Module],
         depth: int,
         *,
         rngs: nnx.Rngs,
@@ -152,7 +156,7 @@ class FloatBDIAStack(_FloatStack):
 
     def __init__(
         self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
+        make_block: Callable[..., nnx.Module],
         depth: int,
         *,
         rngs: nnx.Rngs,

@@ -279,3 +279,91 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(note)
     yield found
     jax.monitoring.unregister_event_duration_listener(note)
+
+
+# --- what makes a block -----------------------------------------------------------------
+
+
+class KeywordOnly(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(5, 5, rngs=rngs)
+
+    def __call__(self, x, mask=None):
+        return self.dense(x)
+
+
+class Wide(KeywordOnly):
+    def __init__(self, width, *, rngs):
+        super().__init__(rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "make_block",
+    [
+        KeywordOnly,
+        lambda some: KeywordOnly(rngs=some),
+        lambda *args: KeywordOnly(rngs=args[0]),
+        lambda **kwargs: KeywordOnly(**kwargs),
+        partial(Wide, 5),
+        partial(Wide, width=5),
+        partial(nnx.Linear, 5, 5),
+    ],
+)
+def test_a_block_is_made_as_its_class_takes_rngs(make_block):
+    stack = BDIAStack(make_block, 2, rngs=nnx.Rngs(0))
+    assert stack(jnp.ones((2, 5))).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"make_block": Wide},
+            r"Wide\(self, width, rngs\), which cannot be",
+        ),
+        ({"make_block": lambda: None}, r"<lambda>\(\), which cannot .* lambda rngs: Block\("),
+        ({"make_block": lambda rngs: None}, "make_block returned None, expected an nnx.Module"),
+        ({"make_block": [KeywordOnly]}, "KeywordOnly'>], expected what makes each of the blocks"),
+        ({"make_block": KeywordOnly(rngs=nnx.Rngs(0))}, "make_block is a KeywordOnly, expected"),
+        ({"make_block": nn.Dense}, "Dense'>, expected what makes .* a class of NNX"),
+        ({"make_block": nn.Dense(5)}, "make_block is a Dense, expected"),
+        ({"make_block": lambda rngs: nn.Dense(5)}, "returned a Dense.* bdia_jax.linen.BDIAStack"),
+        ({"rngs": 0}, r"rngs is 0, expected streams of random keys: nnx.Rngs\(0\)"),
+        ({"rngs": None}, "rngs is None"),
+        ({"rngs": jax.random.key(0)}, r"rngs is Array\("),
+        ({"depth": 2.0}, "depth is 2.0, expected a positive int"),
+        ({"depth": "2"}, "depth is '2'"),
+        ({"depth": True}, "depth is True"),
+    ],
+)
+@pytest.mark.parametrize("stack", [BDIAStack, MidpointStack])
+def test_what_makes_no_stack_is_told(stack, change, message):
+    options = {"make_block": KeywordOnly, "depth": 2, "rngs": nnx.Rngs(0)} | change
+    with pytest.raises(ValueError, match=message):
+        stack(options.pop("make_block"), options.pop("depth"), **options)
+
+
+@pytest.mark.parametrize(
+    "block, depth, message",
+    [
+        (nn.Dense, 2, r"Dense'>, expected a module of Linen; give one module, the template"),
+        ([nn.Dense(5)], 2, r"block is \[Dense\("),
+        (lambda x: x, 2, "block is <function"),
+        (KeywordOnly(rngs=nnx.Rngs(0)), 2, "for modules of NNX there is bdia_jax.nnx.BDIAStack"),
+        (nn.Dense(5), 0, "depth is 0, expected a positive int"),
+        (nn.Dense(5), 2.0, "depth is 2.0"),
+    ],
+)
+def test_what_makes_no_linen_stack_is_told(block, depth, message):
+    with pytest.raises(ValueError, match=message):
+        linen.BDIAStack(block, depth)
+
+
+@pytest.mark.parametrize("call", ["__call__", "audit", "choose_guard_bits"])
+def test_consts_by_name_and_keys_in_place_of_rngs_are_told(call):
+    call = getattr(BDIAStack(KeywordOnly, 2, rngs=nnx.Rngs(0)), call)
+    x = jnp.ones((2, 5))
+    with pytest.raises(TypeError, match=r"mask= is given by name.* stack.*\(x, mask\)"):
+        call(x, mask=x)
+    with pytest.raises(ValueError, match=r"rngs is 1, expected .* nnx.Rngs\(0\)"):
+        call(x, rngs=1)

@@ -28,6 +28,7 @@ PARAMS, X0, GAMMA = make_case(3, (4, 5))
         ({"params": {}}, "no array", "number of blocks is unknown"),
         ({"params": jax.tree.map(lambda leaf: leaf[:0], PARAMS)}, "K = 0", "one is needed"),
         ({"params": [{"w": jnp.ones((5, 5))}] * 3}, "a list of 3", "jnp.stack(leaves), *params"),
+        ({"params": {k: {"w": jnp.ones((5, 5))} for k in "abc"}}, "a dict of 3", "*params.values"),
         ({"params": PARAMS | {"b": jnp.zeros(2)}}, "shape (2,)", "jax.vmap of the init"),
         ({"params": PARAMS | {"b": jnp.zeros(())}}, "shape ()", "jax.vmap of the init"),
         ({"params": PARAMS | {"act": "relu"}}, "params['act'] is 'relu'", "functools.partial"),
