@@ -82,17 +82,7 @@ class Audit:
             f"guard corrected {int(self.corrections.sum())} roundings; "
             f"largest drift {self.max_drift:.3g} quanta, "
             f"bound {self.fixed_point.drift_bound:g}; suggested guard_bits {suggestion}"
-            f"{self._room()}"
-        )
-
-    def _room(self) -> str:
-        limit = self.fixed_point.limit
-        if not self.invalid and 8 * self.largest < limit:
-            return ""
-        reach = "are NaN or beyond that" if self.invalid else f"reach {self.largest:.3g}"
-        return (
-            f"; frac_bits={self.fixed_point.frac_bits} has room for states up to {limit:.3g}, and "
-            f"they {reach}: lower frac_bits, or scale x down"
+            f"{self.fixed_point.narrow(np.inf if self.invalid else self.largest)}"
         )
 
 

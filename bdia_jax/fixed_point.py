@@ -64,6 +64,16 @@ class FixedPoint:
         """|x| that a state cannot reach, 2^(31-l): what does is NaN."""
         return 2.0 ** (31 - self.frac_bits)
 
+    def narrow(self, largest: float) -> str:
+        """What to say of states that reach `largest`; "" with room for eight times as much."""
+        if 8 * largest < self.limit:
+            return ""
+        reach = f"reach {largest:.3g}" if largest < self.limit else "are NaN or beyond that"
+        return (
+            f"; frac_bits={self.frac_bits} has room for states up to {self.limit:.3g}, and they "
+            f"{reach}: lower frac_bits, or scale x down"
+        )
+
     @property
     def side_bits(self) -> int:
         """Bits kept per activation and block, p + g."""

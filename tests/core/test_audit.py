@@ -196,3 +196,4 @@ def test_states_near_the_end_of_the_format_are_told(scale):
     assert (said in str(found)) == (scale == 1)
     beyond = bdia.audit(tanh_block, params, x0.at[0, 0].set(5e6), gamma)
     assert "they are NaN or beyond that: lower frac_bits" in str(beyond)
+    assert "return h in float32" not in str(beyond)

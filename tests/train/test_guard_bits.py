@@ -57,6 +57,13 @@ def test_the_program_is_compiled_with_the_number_chosen(data_dir, tmp_path, monk
         training.train(replace(config, guard_bits=2), str(tmp_path))
 
 
+@pytest.mark.parametrize(("largest", "warned"), [(1e5, False), (1e6, True)])
+def test_a_run_is_told_that_its_states_near_the_end_of_their_format(data_dir, largest, warned):
+    facts = {"guard_bits": 2, "max_drift": 0.5, "audited": 8, "largest": largest}
+    said = guard_bits.described(make_config(vit_digits, data_dir), facts)
+    assert ("frac_bits=9 has room for states up to 4.19e+06" in said) == warned
+
+
 def test_every_stack_of_a_model_is_audited_on_its_own_inputs(data_dir, monkeypatch):
     config = make_config(translation_enfr, data_dir, dataset="numbers_enfr")
     task = load_task(config)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.nnx import BDIAStack
 from train.config import Config
 from train.devices.mesh import open_mesh
@@ -60,14 +61,16 @@ def choose(
         "guard_bits": max(audit.fixed_point.guard_bits for audit in audits),
         "max_drift": max(audit.max_drift for audit in audits),
         "audited": sum(audit.elements * len(audit.mismatches) for audit in audits),
+        "largest": max(audit.largest for audit in audits),
     }
 
 
-def described(facts: dict[str, Any]) -> str:
-    """What `choose` found, in words."""
+def described(config: Config, facts: dict[str, Any]) -> str:
+    """What `choose` found, in words, and whether states are near the end of their format."""
     return (
         f"guard bits: {facts['guard_bits']}, chosen by an audit of {facts['audited']:,} rebuilt "
         f"elements: all exact, largest drift {facts['max_drift']:.3g} quanta"
+        f"{FixedPoint(config.frac_bits).narrow(facts['largest'])}"
     )
 
 

@@ -75,7 +75,7 @@ def _train(config: Config, workdir: str, command: str, lock: Lock) -> dict[str, 
         guard_facts: dict[str, Any] = {}
         if config.chooses_guard_bits:  # of the parameters as they are now; models() copies them
             guard_facts = guard_bits.choose(config, task, program.models(state)[0])
-            print(guard_bits.described(guard_facts), flush=True)
+            print(guard_bits.described(config, guard_facts), flush=True)
         if (mended := mended_guard_bits(path)) > guard_facts.get("guard_bits", config.guard_bits):
             guard_facts["guard_bits"] = mended
         if guard_facts:
@@ -174,7 +174,7 @@ def _mend(
         checkpoints.save(at, state)
         checkpoints.wait()
         raise ValueError(f"{error}. The state before it is checkpoint {at}") from error
-    log.rebuild(at, f"{failed}; made again with {guard_bits.described(facts)}", **facts)
+    log.rebuild(at, f"{failed}; made again with {guard_bits.described(config, facts)}", **facts)
     return guard_bits.with_guard_bits(task, facts["guard_bits"])
 
 
