@@ -269,7 +269,6 @@ def test_models_on_meshes(name, run):
     gradients = RUNS[run](loss, specs, params, others, *inputs)
     alone = of_parts if run == "shard_map" else loss
     expected = jax.jit(jax.grad(alone))(params, others, *inputs)
-    flat: Any = (
-        jnp.asarray(ravel_pytree(jax.device_get(each))[0]) for each in (gradients, expected)
-    )
-    assert_grads_close(*flat, 1e-5)  # as one: that of a key's bias is zero but for rounding
+    # as one array: the gradient of a key's bias is zero but for rounding
+    actual, expected = (ravel_pytree(jax.device_get(each))[0] for each in (gradients, expected))
+    assert_grads_close(jnp.asarray(actual), jnp.asarray(expected), 1e-5)
