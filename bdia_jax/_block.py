@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import Jaxpr, Literal
 
 from bdia_jax._checks import check_chunks, check_per_sample
+from bdia_jax._derivatives import HALF
 from bdia_jax.rounding import has_half_precision, pin_rounding
 
 PyTree = Any
@@ -42,11 +44,14 @@ class Block(NamedTuple):
     """How a block is evaluated: h is the sum of its branches, on chunks of the batch in turn.
 
     is_per_sample: a bool for each leaf of consts, whether it is cut with the batch.
+    cast: for each leaf of params with a gradient, the half-precision type that all branches cast
+        it to before anything else; None if they do not.
     """
 
     branches: tuple[Branch, ...]
     batch_chunks: int
     is_per_sample: Leaves
+    cast: tuple[Any, ...]
 
 
 def partition(tree: PyTree) -> tuple[Leaves, Callable[[Any, Any], PyTree]]:
@@ -108,12 +113,12 @@ def make_block(
     abstract_consts = treedef.unflatten(
         [_with_leading(leaf, chunk) if c else leaf for leaf, c in zip(leaves, cut, strict=True)]
     )
-    branches, merges = [], []
+    branches, merges, casts = [], [], []
     for fn, count in zip(fns, token_chunks, strict=True):
         tokens = () if count == 1 else (x0.shape[1] // count,)
         x = jax.ShapeDtypeStruct((chunk, *tokens, *x0.shape[1 + len(tokens) :]), jnp.float32)
         try:
-            leaf_fn, aux_shape, dtype = over_leaves(fn, params, x, abstract_consts, has_aux)
+            leaf_fn, aux_shape, dtype, uses = over_leaves(fn, params, x, abstract_consts, has_aux)
         except (TypeError, ValueError) as error:
             if batch_chunks * count > 1:
                 error.add_note(
@@ -129,17 +134,45 @@ def make_block(
             )
         branches.append(Branch(leaf_fn, count, float(jnp.finfo(dtype).eps)))
         merges.append(partition(aux_shape)[1])
+        casts.append(uses)
 
     def merge_aux(diff, data):
         merged = tuple(merge(*aux) for merge, *aux in zip(merges, diff, data, strict=True))
         return merged[0] if callable(block_fn) else merged
 
     is_diff = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    return Block(tuple(branches), batch_chunks, _select(cut, is_diff)), merge_aux
+    cast = tuple(map(_common_cast, zip(*casts, strict=True)))
+    return Block(tuple(branches), batch_chunks, _select(cut, is_diff), cast), merge_aux
 
 
-def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree, Any]:
-    """fn over `Leaves`, every half-precision rounding explicit; the shapes of its aux; h's dtype.
+def _common_cast(uses: tuple[set[Any], ...]) -> Any:
+    """The one type of all uses of a parameter, in every branch."""
+    found = set().union(*uses)
+    return found.pop() if len(found) == 1 else None
+
+
+def _uses(jaxpr: Jaxpr, params: PyTree) -> list[set[Any]]:
+    """Of each leaf of params with a gradient: the half-precision types it is cast to.
+
+    None stands for any other use.
+    """
+    found: dict[Any, set[Any]] = {var: set() for var in jaxpr.invars}
+    for eqn in jaxpr.eqns:
+        to = eqn.params["new_dtype"] if eqn.primitive.name == "convert_element_type" else None
+        for var in eqn.invars:
+            if not isinstance(var, Literal) and var in found:
+                found[var].add(to if to in HALF else None)
+    for var in jaxpr.outvars:
+        if not isinstance(var, Literal) and var in found:
+            found[var].add(None)
+    leaves = jax.tree.leaves(params)
+    of_params = zip(leaves, jaxpr.invars[: len(leaves)], strict=True)
+    return [found[var] for leaf, var in of_params if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree, Any, list[set[Any]]]:
+    """(fn over `Leaves`, every half-precision rounding explicit; the shapes of its aux; h's dtype;
+    what each leaf of params with a gradient is cast to, None for any other use of it).
 
     Args:
         fn: (params_k, x, *consts) -> h, or (h, aux) with `has_aux`.
@@ -159,7 +192,7 @@ def over_leaves(fn, params, x, consts, has_aux) -> tuple[LeafFn, PyTree, Any]:
         h, aux = out if has_aux else (out, None)
         return h.astype(jnp.float32), partition(aux)[0]
 
-    return leaf_fn, aux_shape, dtype
+    return leaf_fn, aux_shape, dtype, _uses(jaxpr.jaxpr, params)
 
 
 def check_block(block_fn, params, x, consts, has_aux):

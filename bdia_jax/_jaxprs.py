@@ -61,8 +61,6 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
 def _entered(visit: Visit, value: Any) -> Any:
     if isinstance(value, tuple) and any(_is_jaxpr(item) for item in value):
         return tuple(_entered(visit, item) for item in value)
-    if isinstance(value, Jaxpr) and not value.constvars:
-        return _entered(visit, ClosedJaxpr(value, ())).jaxpr
     if isinstance(value, ClosedJaxpr):
         inputs = [
             jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
@@ -71,6 +69,8 @@ def _entered(visit: Visit, value: Any) -> Any:
             for aval in value.in_avals
         ]
         return jax.make_jaxpr(partial(run, visit, value))(*inputs)
+    if isinstance(value, Jaxpr) and not value.constvars:
+        return _entered(visit, ClosedJaxpr(value, ())).jaxpr
     return value
 
 

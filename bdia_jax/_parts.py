@@ -146,6 +146,14 @@ def _vjp(fn: LeafFn, params, y, consts, ct_r, ct_aux) -> tuple[jax.Array, Cotang
     return r, Cotangents(*vjp((ct_r, ct_aux)))
 
 
+def narrowed(block: Block, params: Leaves) -> Leaves:
+    """params for chunks of the batch: what each of them would cast to half precision, is cast."""
+    if block.batch_chunks == 1:
+        return params
+    pairs = zip(params.diff, block.cast, strict=True)
+    return Leaves(tuple(p if to is None else p.astype(to) for p, to in pairs), params.data)
+
+
 # --- in chunks of the batch --------------------------------------------------------------
 
 
@@ -187,10 +195,12 @@ def over_batch_chunks(
             return total + chunk
         return put(total, cut(total, index, count, BATCH) + chunk, index, BATCH)
 
+    narrow = narrowed(block, params)
+
     def one_chunk(index, carry):
         states, ct_params, ct_consts, seen = carry
         undone, ct_params_i, ct_consts_i, seen_i = undo(
-            fold_keys(params, index),
+            fold_keys(narrow, index),
             _chunk_of_consts(block, consts, index),
             cut_all(known, index),
             cut_all(states, index),
@@ -199,7 +209,7 @@ def over_batch_chunks(
             add_consts(*each, index)
             for each in zip(ct_consts, ct_consts_i, block.is_per_sample.diff, strict=True)
         )
-        ct_params = jax.tree.map(jnp.add, ct_params, ct_params_i)
+        ct_params = jax.tree.map(_add, ct_params, ct_params_i)
         return put_all(states, undone, index), ct_params, ct_consts, put_all(seen, seen_i, index)
 
     ct_params = jax.tree.map(jnp.zeros_like, params.diff)
@@ -214,6 +224,10 @@ def _chunk_of_consts(block: Block, consts: Leaves, index) -> Leaves:
         return cut(leaf, index, block.batch_chunks, BATCH) if is_per_sample else shared
 
     return jax.tree.map(choose, block.is_per_sample, consts, fold_keys(consts, index))
+
+
+def _add(total: jax.Array, one: jax.Array) -> jax.Array:
+    return total + one.astype(total.dtype)
 
 
 # --- chunks of an array ------------------------------------------------------------------

@@ -15,6 +15,13 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 from jax.extend.source_info_util import register_exclusion
 
+from bdia_jax._derivatives import (
+    activation,
+    is_activation,
+    product,
+    widens,
+    with_activations,
+)
 from bdia_jax._jaxprs import enter, equations, evaluate, run
 
 register_exclusion(__file__)  # the line that JAX tells of an equation is the user's
@@ -74,7 +81,7 @@ def pin_rounding(fn: Callable[..., Any]) -> Callable[..., Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
             _check(leaf, path)
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        flat = run(_pin, closed, *jax.tree.leaves((args, kwargs)))
+        flat = run(_pin, with_activations(closed), *jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(out_shape), flat)
 
     return pinned
@@ -102,14 +109,28 @@ def _check(leaf, path):
 
 def _pin(eqn, *inputs):
     name = eqn.primitive.name
+    if widens(eqn):
+        return [product(eqn, *inputs)]
+    if is_activation(eqn):
+        entered = enter(_pin, eqn)
+        return [activation(eqn, lambda x: _round(*evaluate(entered, x)), *inputs)]
     results = evaluate(enter(_pin, eqn) if name in _ENTERED else eqn, *inputs)
     return results if name in _MOVES else [_round(result) for result in results]
 
 
 def _round(value):
-    bits = _FORMATS.get(getattr(value, "dtype", None))  # pyright: ignore[reportArgumentType]
-    if bits is None:
-        return value
+    return _rounded(value) if getattr(value, "dtype", None) in _FORMATS else value
+
+
+@jax.custom_jvp
+def _rounded(value):
     # through float32: a reduction to the operand's own format would be dropped as a no-op
     wide = jax.lax.convert_element_type(value, jnp.float32)
-    return jax.lax.convert_element_type(jax.lax.reduce_precision(wide, *bits), value.dtype)
+    rounded = jax.lax.reduce_precision(wide, *_FORMATS[value.dtype])
+    return jax.lax.convert_element_type(rounded, value.dtype)
+
+
+@_rounded.defjvp
+def _rounded_jvp(primals, tangents):
+    """Its own rounding is no operation of the program: nothing to differentiate."""
+    return _rounded(*primals), tangents[0]

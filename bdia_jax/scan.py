@@ -27,7 +27,7 @@ from bdia_jax._call import (
     separate,
 )
 from bdia_jax._mesh import zeros_like
-from bdia_jax._parts import Cotangents, over_batch_chunks, value, value_and_vjp
+from bdia_jax._parts import Cotangents, narrowed, over_batch_chunks, value, value_and_vjp
 from bdia_jax._verify import checksum, nan_by, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
@@ -186,7 +186,7 @@ def forward_scan(
         n_prev, n = carry
         params_k, gamma_k = inputs
         x = dequantize(n, fixed_point)
-        h, aux = value(static.block, params_k, x, operands.consts)
+        h, aux = value(static.block, narrowed(static.block, params_k), x, operands.consts)
         if gamma_k is None:
             return (n, plain_step(n, h, fixed_point)), (aux, None, None)
         n_next, side, rounding = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)

@@ -191,7 +191,7 @@ def _check(functions, params, states, coefficients, consts, backprop) -> tuple[A
 def _separate(block_fns, has_aux, params, states, coefficients, consts) -> _Call:
     """What is differentiated, apart from what is not."""
     prepared = [over_leaves(fn, params, states[0], consts, has_aux) for fn in block_fns]
-    blocks, aux_shapes, _ = zip(*prepared, strict=True)
+    blocks, aux_shapes, *_ = zip(*prepared, strict=True)
     operands = _Operands(partition(params)[0], states, coefficients, partition(consts)[0])
     return _Call(blocks, tuple(partition(shape)[1] for shape in aux_shapes), operands)
 
