@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+from bdia_jax.compiled import targets
 
 _MIB = 2**20
 
@@ -50,7 +53,9 @@ class MemoryReport:
         return "\n".join(f"{name:11s} {size / _MIB:10,.2f} MiB" for name, size in rows)
 
 
-def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryReport:
+def memory_report(
+    fn: Callable[..., Any], *args: Any, device: str | None = None, **kwargs: Any
+) -> MemoryReport:
     """What fn(*args, **kwargs) needs in memory. Compiles it and runs nothing.
 
     Args:
@@ -60,13 +65,15 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
             or compiled already (`jax.stages.Lowered`, `jax.stages.Compiled`) goes without args.
         *args, **kwargs: arrays, `jax.ShapeDtypeStruct`s (so nothing has to exist, see
             `jax.eval_shape`), NNX modules, or pytrees of them.
+        device: None for the one at hand; or a GPU that need not be there, "h100" or another of
+            `bdia_jax.compiled.targets`, for which XLA compiles it. That takes the extra `gpu-plan`.
 
     Returns:
         A `MemoryReport`; print it. If the program is sharded, it is that of one device.
 
     Raises:
-        ValueError: arguments for a lowered or compiled program, or a backend that reports
-            nothing.
+        ValueError: arguments, or a device, for a lowered or compiled program; a backend that
+            reports nothing; an unknown device, or none that can be compiled for here.
 
     Example:
         >>> step = jax.jit(lambda w, x: (w - 0.1 * x.sum(), x @ w), donate_argnums=0)
@@ -75,6 +82,8 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
         >>> report.arguments, report.outputs >= 18432, report.aliased
         (18432, True, 16384)
     """
+    if device is not None:
+        return memory_report(_compiled_for(device, fn, args, kwargs))
     program: Any = fn
     is_lowered = not callable(fn) and hasattr(fn, "compile")
     if not is_lowered and not hasattr(fn, "memory_analysis"):
@@ -100,6 +109,26 @@ def memory_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryRe
         aliased=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
     )
+
+
+def _compiled_for(device: str, fn: Any, args: Any, kwargs: Any) -> jax.stages.Compiled:
+    if not callable(fn):
+        raise ValueError(
+            f"device is {device!r}, but {type(fn).__name__} is a program for a device already; "
+            "pass the function"
+        )
+    (there,) = targets.devices(device)
+    graphdef, state = nnx.split((args, kwargs))
+    args, kwargs = nnx.merge(graphdef, jax.tree.map(_shape, state))
+    jitted: Any = fn if hasattr(fn, "lower") else nnx.jit(fn)
+    with jax.default_device(there):
+        return targets.compile(jitted.lower(*args, **kwargs))
+
+
+def _shape(leaf: Any) -> Any:
+    """An array's, without the device that has it; of an array that is none yet, all it says."""
+    is_array = isinstance(leaf, jax.Array | np.ndarray)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
 
 
 def residual_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:

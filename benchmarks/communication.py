@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bdia_jax.compiled.collectives import collectives, of_integers, sent_bytes
+from bdia_jax.compiled.hlo import read
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.sharding import make_mesh, param_shardings, state_sharding
 from benchmarks import record
-from benchmarks.collectives import collectives, of_integers, sent_bytes
-from benchmarks.hlo import read
 from benchmarks.measure import Stepper, in_turns
 
 MESHES = (

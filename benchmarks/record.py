@@ -65,7 +65,7 @@ def write(
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *words]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "xla_flags": [flag for flag in flags if "/" not in flag],  # no folders
-        "device": _device(),
+        "device": _device() | ({"compile_target": args.target} if "target" in args else {}),
         "versions": _versions(),
         "config": config,
         "results": results,

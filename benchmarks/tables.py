@@ -38,6 +38,8 @@ HOW: dict[str, Callable[[Any], Any]] = {
     "MiB.1": lambda size: f"{size / 2**20:.1f} MiB",
     "MiB.2": lambda size: f"{size / 2**20:.2f} MiB",
     "MiB~": lambda size: f"{round(size / 2**20, 4):.3g} MiB",
+    "GiB": lambda size: f"{size / 2**30:.1f} GiB",
+    "ms": lambda seconds: f"{1e3 * seconds:.1f} ms",
     "GB": lambda size: f"{size / 1e9:.1f}",
     "percent": lambda share: f"{100 * share:.2f} %",
     "scatter": lambda values: "{mean:.4f} ± {std:.4f}".format(**values),
@@ -81,7 +83,7 @@ def _meshes(load: Load) -> dict[str, Any]:
 
 def _plans(load: Load) -> dict[str, Any]:
     planned = load("plan")["results"]["planned"]
-    where = "{model} on {devices} x {gigabytes} GB, "
+    where = "{model} on {devices} x {device}, "
     return {where.format(**plan) + _axes(plan["mesh"]): plan for plan in planned}
 
 

@@ -19,6 +19,7 @@ from configs import common, vit_cifar10
 from train.config import Config
 from train.tasks import open_config
 from train.tasks.images import Images, make_task
+from train.tasks.task import Task
 
 PAPER_MB = {"plain": 1570.6, "revnet": 572.7, "bdia": 693.4}
 ROWS: runs.Rows = {
@@ -34,18 +35,24 @@ ROWS: runs.Rows = {
 PARTS = ("parameter_bytes", "optimizer_bytes", "gradient_bytes", "side_bytes", "rest_bytes")
 
 
+def opened(run: str, changes: dict) -> tuple[Config, Task]:
+    """A run of configs/vit_cifar10.py, changed, with a batch of black images."""
+    values = vit_cifar10.get_config(run)
+    values.update(changes)
+    config = open_config(values)
+    batch = config.batch_size
+    images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
+    return config, make_task(config, images, images, num_classes=10)
+
+
 def measure(run: str, changes: dict) -> dict[str, int]:
     """Bytes of a step: temporaries; parameters and optimizer state; both; and what they hold.
 
     side_bytes are what the side bits must take; rest_bytes whatever is left of the temporaries:
     states, one block's residuals, augmentation, work space.
     """
-    values = vit_cifar10.get_config(run)
-    values.update(changes)
-    config = open_config(values)
-    batch = config.batch_size
-    images = Images(jnp.zeros((batch, 32, 32, 3), jnp.uint8), jnp.zeros(batch, jnp.int32))
-    sizes, trained = runs.step_bytes(config, make_task(config, images, images, num_classes=10))
+    config, task = opened(run, changes)
+    sizes, trained = runs.step_bytes(config, task)
     parameters, side = size_in_bytes(trained), side_bytes(config)
     return sizes | {
         "parameter_bytes": parameters,

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from bdia_jax import FixedPoint, bdia_scan, memory_report
+from bdia_jax.compiled.hlo import read
 from bdia_jax.fixed_point import dequantize, pack_bits, quantize
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.gpt2 import GPT2
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.recurrence import step
-from benchmarks.hlo import read
 from configs import gpt2_openwebtext, vit_digits
 from train.loop.optimizer import make_optimizer
 from train.loop.program import compile_steps, make_program

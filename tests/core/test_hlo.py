@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.collectives import collectives, of_integers, sent_bytes
-from benchmarks.hlo import Array, Kernel, read
+from bdia_jax.compiled.collectives import collectives, of_integers, sent_bytes
+from bdia_jax.compiled.hlo import Array, Kernel, read
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_other_ways_to_write_it():
     assert found["all-reduce4"].sent == 8 * 2 * 2 * 3 / 4  # in a branch
 
 
-def test_a_loop_of_unknown_length_is_an_error(mesh):
+def test_a_loop_of_unknown_length_is_an_error_or_told(mesh):
     def until_small(x):
         go_on = lambda c: jnp.sum(c) > 1  # noqa: E731
         return jax.lax.while_loop(go_on, lambda c: jax.lax.pmean(c, ("a", "b")) / 2, x)
@@ -169,6 +169,8 @@ def test_a_loop_of_unknown_length_is_an_error(mesh):
     text = each(mesh, until_small, jnp.ones((8, 6)))
     with pytest.raises(ValueError, match="neither a known trip count"):
         found_in(text)
+    (told,) = collectives(read(text), unknown=3)  # as of the steps of a training program
+    assert told.times == 3
     with pytest.raises(ValueError, match="no entry computation"):
         read("{}")
     assert np.isclose(Array("s4", (3,)).bytes, 2) and Array("f8e4m3fn", (3, 2)).bytes == 6

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.hlo import Array, Instruction, Program
+from bdia_jax.compiled.hlo import Array, Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 KINDS += ("collective-broadcast", "ragged-all-to-all")
@@ -54,14 +54,18 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share.get(self.kind, 1.0)
 
 
-def collectives(program: Program) -> list[Collective]:
+def collectives(program: Program, unknown: int | None = None) -> list[Collective]:
     """All that the program runs.
 
+    Args:
+        program: of `read`.
+        unknown: how often a loop runs of which neither the compiler nor its condition says it; 1
+            for the steps of a training program.
+
     Raises:
-        ValueError: a loop around a collective of which neither the compiler nor its condition says
-            how often it runs.
+        ValueError: such a loop around a collective, and unknown=None.
     """
-    return list(_walk(program, program.entry, times=1, in_loop=False))
+    return list(_walk(program, program.entry, 1, False, unknown))
 
 
 def sent_bytes(found: list[Collective]) -> dict[str, float]:
@@ -86,7 +90,9 @@ def of_integers(found: list[Collective], in_loop: bool = True) -> list[Collectiv
     ]
 
 
-def _walk(program: Program, name: str, times: int, in_loop: bool) -> Iterator[Collective]:
+def _walk(
+    program: Program, name: str, times: int, in_loop: bool, unknown: int | None
+) -> Iterator[Collective]:
     for one in program.computations[name]:
         kind = one.opcode.removesuffix("-start")
         if kind in KINDS:
@@ -98,12 +104,12 @@ def _walk(program: Program, name: str, times: int, in_loop: bool) -> Iterator[Co
         elif one.opcode == "while":
             called = dict(one.called)
             for inner, once_more in (("body", 0), ("condition", 1)):
-                for each in _walk(program, called[inner], times, True):
-                    trips = _trips(program, one) + once_more
+                for each in _walk(program, called[inner], times, True, unknown):
+                    trips = _trips(program, one, unknown) + once_more
                     yield each._replace(times=trips * each.times)
         elif one.opcode not in ("async-done", "async-update"):  # counted where it starts
             for _, inner in one.called:
-                yield from _walk(program, inner, times, in_loop)
+                yield from _walk(program, inner, times, in_loop, unknown)
 
 
 def _results(one: Instruction) -> tuple[Array, ...]:
@@ -129,19 +135,12 @@ def _group_size(rest: str, everyone: int) -> int:
     return everyone  # replica_groups={}
 
 
-def _trips(program: Program, loop: Instruction) -> int:
-    """How often a loop runs."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
-        return int(known[1])
-    # as a scan has it: an index from 0 in steps of 1, compared with a constant
-    reached = [*program.computations[dict(loop.called)["condition"]]]
-    for one in reached:
-        reached += [i for _, inner in one.called for i in program.computations[inner]]
-    compares = [one for one in reached if one.opcode == "compare"]
-    bounds = [one for one in reached if one.opcode == "constant" and one.type.startswith("s")]
-    if len(compares) == len(bounds) == 1 and "direction=LT" in compares[0].rest:
-        return int(bounds[0].rest.partition(")")[0])
-    raise ValueError(
-        f"loop {loop.name} has collectives, but neither a known trip count nor a condition i < n; "
-        "use lax.scan or fori_loop with constant bounds"
-    )
+def _trips(program: Program, loop: Instruction, unknown: int | None) -> int:
+    trips = program.trips(loop)
+    trips = unknown if trips is None else trips
+    if trips is None:
+        raise ValueError(
+            f"loop {loop.name} has collectives, but neither a known trip count nor a condition "
+            "i < n; use lax.scan or fori_loop with constant bounds, or say unknown=1"
+        )
+    return trips

@@ -15,12 +15,12 @@ _CONTROL = {"while", "call", "conditional"}  # the kernels stand in what these c
 # no memory of their own
 _NAMES = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 _HEADER = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,<= ]*)\]")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([^\s,}]+))"
 )
-_FIRST_OPERAND = re.compile(r"(?:[^%(),]+ )?%?([\w.\-]*)")  # its type may stand before it
+_OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Array(NamedTuple):
@@ -38,12 +38,13 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of a program. rest: operands and attributes."""
+    """A line of a program. rest: operands and attributes. is_root: the computation's result."""
 
     name: str
     type: str
     opcode: str
     rest: str
+    is_root: bool
 
     @property
     def arrays(self) -> tuple[Array, ...]:
@@ -53,6 +54,13 @@ class Instruction(NamedTuple):
             Array(dtype, tuple(int(size.strip("<= ")) for size in shape.split(",") if size.strip()))
             for dtype, shape in _ARRAY.findall(plain)
         )
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of what it takes."""
+        inside = self.rest[: _closing("(" + self.rest) - 2]
+        plain = re.sub(r"/\*.*?\*/", "", inside)
+        return [] if self.opcode in ("constant", "parameter") else _OPERAND.findall(plain)
 
     @property
     def called(self) -> list[tuple[str, str]]:
@@ -107,6 +115,20 @@ class Program(NamedTuple):
             if not any(one.opcode == "while" for one in self._instructions(body))
         ]
 
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs, if it says so, or is one as a scan has it."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+            return int(known[1])
+        # as a scan has it: an index from 0 in steps of 1, compared with a constant
+        reached = [*self.computations[dict(loop.called)["condition"]]]
+        for one in reached:
+            reached += [i for _, inner in one.called for i in self.computations[inner]]
+        compares = [one for one in reached if one.opcode == "compare"]
+        bounds = [one for one in reached if one.opcode == "constant" and one.type.startswith("s")]
+        if len(compares) == len(bounds) == 1 and "direction=LT" in compares[0].rest:
+            return int(bounds[0].rest.partition(")")[0])
+        return None
+
     def _instructions(self, name: str) -> Iterator[Instruction]:
         """Of a computation, and of those it hands over to; not what fusions and reductions call."""
         for one in self.computations[name]:
@@ -124,8 +146,7 @@ class Program(NamedTuple):
                 ops = {inner.opcode for inner in self.computations[fused]}
             ops -= _NAMES | _CONTROL
             # several arrays of one shape that begin as zeros: one broadcast and its copies
-            operand = _FIRST_OPERAND.match(one.rest)
-            if ops == {"copy"} and operand and operand[1] in broadcasts:
+            if ops == {"copy"} and broadcasts.issuperset(one.operands):
                 ops = {"broadcast"}
             if ops == {"broadcast"}:
                 broadcasts.add(one.name)
@@ -157,11 +178,11 @@ def read(text: str) -> Program:
     return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
 
 
-def _instruction(name: str, text: str) -> Instruction:
+def _instruction(root: str | None, name: str, text: str) -> Instruction:
     """A type, an opcode, operands; a tuple's type has parentheses of its own."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     opcode, _, rest = text[end:].strip().partition("(")
-    return Instruction(name, text[:end], opcode, rest)
+    return Instruction(name, text[:end], opcode, rest, bool(root))
 
 
 def _closing(text: str) -> int:

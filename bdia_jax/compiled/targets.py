@@ -1,0 +1,187 @@
+"""GPUs to compile for without having one: XLA's compiler for them runs on any machine.
+
+`devices("h100")` are devices as JAX knows them, on which nothing can run. What is lowered with one
+as `jax.default_device`, or of arrays that are sharded over several, compiles to the program the GPU
+would get: its memory plan, its kernels, its collectives. `bdia_jax.memory_report(device="h100")`
+does so for one function.
+
+It needs the extra `gpu-plan`, some GB of NVIDIA's libraries, and where there is no GPU
+JAX_PLATFORMS=cpu, without which JAX leaves that compiler out. Choosing the fastest matrix products
+(autotuning) needs the GPU itself, so a real one may take others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+# Autotuning asks the GPU that is not there; cuBLAS is what it would choose for large products.
+_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+_DOUBLE_BUFFERING = {"xla_gpu_enable_while_loop_double_buffering": True}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, by the figures its maker publishes.
+
+    Attributes:
+        kind: its name.
+        capability: CUDA's (major, minor).
+        cores: streaming multiprocessors.
+        clock_ghz: at most.
+        memory: bytes a program can see.
+        bandwidth: bytes a second, of that memory.
+        l2, shared: bytes of the second-level cache, and of shared memory for each core.
+        threads: for each core.
+        flops: dtype as HLO writes it -> dense products a second that accumulate in float32, times
+            two. That of "f32" is of TF32, where the GPU has it.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    clock_ghz: float
+    memory: int
+    bandwidth: float
+    l2: int
+    shared: int
+    threads: int
+    flops: Mapping[str, float]
+
+    @property
+    def usable(self) -> int:
+        """Bytes a program may take; the rest is the runtime's, and slack of XLA's own.
+
+        Beyond 0.767 of the memory (60.7 GiB of an H100's 79.1) XLA computes values again to take
+        less, so that a program which would not fit gets slower before it fails.
+        """
+        return int(0.767 * self.memory)
+
+    @property
+    def description(self) -> str:
+        """XLA's GpuTargetConfigProto, as text."""
+        major, minor = self.capability
+        limits = {"x": 2**31 - 1, "y": 65535, "z": 65535}
+        blocks = "\n".join(f"block_dim_limit_{axis}: {size}" for axis, size in limits.items())
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.cores}
+              clock_rate_ghz: {self.clock_ghz}
+              fpus_per_core: {128 if self.capability >= (8, 6) else 64}
+              device_memory_size: {self.memory}
+              memory_bandwidth: {int(self.bandwidth)}
+              l2_cache_size: {self.l2}
+              shared_memory_per_core: {self.shared}
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {self.shared - 1024}
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              threads_per_core_limit: {self.threads}
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              {blocks}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.kind}"
+        """
+
+
+def _flops(half: float, single: float) -> Mapping[str, float]:
+    """Of 10^12 a second."""
+    return MappingProxyType({"bf16": half * 1e12, "f16": half * 1e12, "f32": single * 1e12})
+
+
+_GIB, _MIB, _KIB = 2**30, 2**20, 2**10
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "a100-40gb": Target(
+            "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, int(39.5 * _GIB), 1.555e12,
+            40 * _MIB, 164 * _KIB, 2048, _flops(312, 156),
+        ),
+        "a100": Target(
+            "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, int(79.2 * _GIB), 2.039e12,
+            40 * _MIB, 164 * _KIB, 2048, _flops(312, 156),
+        ),
+        "h100": Target(
+            "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, int(79.1 * _GIB), 3.352e12,
+            50 * _MIB, 228 * _KIB, 2048, _flops(989, 495),
+        ),
+        "h200": Target(
+            "NVIDIA H200", (9, 0), 132, 1.98, int(139.8 * _GIB), 4.8e12,
+            50 * _MIB, 228 * _KIB, 2048, _flops(989, 495),
+        ),
+        "b200": Target(
+            "NVIDIA B200", (10, 0), 148, 1.965, int(178.3 * _GIB), 7.7e12,
+            126 * _MIB, 228 * _KIB, 2048, _flops(2250, 1125),
+        ),
+        "rtx4090": Target(
+            "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, int(23.6 * _GIB), 1.008e12,
+            72 * _MIB, 100 * _KIB, 1536, _flops(165, 83),
+        ),
+        "rtx2080ti": Target(
+            "NVIDIA GeForce RTX 2080 Ti", (7, 5), 68, 1.545, int(10.7 * _GIB), 6.16e11,
+            int(5.5 * _MIB), 64 * _KIB, 1024, _flops(54, 13.4),
+        ),
+    }
+)  # fmt: skip
+
+
+@cache
+def devices(name: str, count: int = 1) -> tuple[Any, ...]:
+    """So many GPUs of this kind, in one machine, to compile for.
+
+    Raises:
+        ValueError: a name that is none of `TARGETS`; without the extra.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(TARGETS)}")
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            topology_name="",
+            platform="cuda",
+            target_config=TARGETS[name].description,
+            topology=f"1x1x{count}",
+        )
+    except Exception as error:  # of a plugin that is missing, each version raises another
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"cannot compile for {name} here ({reason}); pip install -e '.[gpu-plan]' has "
+            "XLA's compiler for GPUs, for Linux; without a GPU, set JAX_PLATFORMS=cpu too"
+        ) from error
+    return tuple(topology.devices)
+
+
+def default_device() -> Any:
+    """What is compiled for, unless arrays are committed elsewhere."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
+
+
+def run_options(*, in_chunks: bool, gathers: bool = False) -> dict[str, Any]:
+    """XLA's options for a program that trains a reversible stack here; none on a CPU.
+
+    A GPU's loop over blocks then has two of them in its body, and the two states, which change
+    roles from block to block, are not copied for it. A loop over chunks in that body would be
+    doubled too, with all it holds, and so would parameters that are gathered from other devices
+    for a block: there it costs more than it saves.
+
+    Args:
+        in_chunks: whether blocks are evaluated in chunks.
+        gathers: whether parameters are split over devices (fsdp).
+    """
+    is_alone = default_device().platform == "gpu" and not in_chunks and not gathers
+    return dict(_DOUBLE_BUFFERING) if is_alone else {}
+
+
+def compile(lowered: jax.stages.Lowered, **options: Any) -> jax.stages.Compiled:
+    """The program of what was lowered for such a device. options: of XLA, without their dashes."""
+    return lowered.compile(compiler_options=_OPTIONS | options)
