@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bdia_jax.compiled.targets import default_device
+
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
 # A projection that ends a residual branch accumulates into float32 and returns it: rounded
@@ -213,12 +215,39 @@ def attend(
     if mask is not None:  # cuDNN broadcasts over batch and heads only
         batch_and_heads = (1, 1, 1, 1, *mask.shape)[-4:-2]
         mask = jnp.broadcast_to(mask, (*batch_and_heads, q.shape[1], k.shape[1]))
+    return _cudnn(q, k, v, mask, is_causal)
+
+
+def _cudnn(q, k, v, mask, is_causal):
+    """cuDNN's attention. JAX has its gradient for even lengths: others get a token to ignore."""
+    lengths: dict[str, Any] = {}
+    (batch, tokens), keys = q.shape[:2], k.shape[1]
+    if tokens % 2 or keys % 2:
+        q, k, v = _even(q, 1), _even(k, 1), _even(v, 1)
+        lengths = {"query_seq_lengths": tokens, "key_value_seq_lengths": keys}
+        lengths = {name: jnp.full(batch, size, jnp.int32) for name, size in lengths.items()}
+        if mask is not None:
+            mask = _even(_even(mask, 2), 3)
     # The residual is for the backward pass. Asked for in the forward pass too, so that both
     # passes run one kernel; without it the forward pass would run the one for inference.
     attended, _ = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=is_causal, implementation="cudnn", return_residual=True
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        implementation="cudnn",
+        return_residual=True,
+        **lengths,
     )
-    return attended
+    return attended[:, :tokens]
+
+
+def _even(array: jax.Array, axis: int) -> jax.Array:
+    """Of an odd length, with one more, of zeros."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, array.shape[axis] % 2)
+    return jnp.pad(array, padding)
 
 
 def choose_implementation(q: Any, mask: Any, device: Any) -> str:
@@ -246,14 +275,6 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(
             f"implementation is {implementation!r}, expected 'xla', 'cudnn', or None to choose"
         )
-
-
-def default_device() -> Any:
-    """What is compiled for, unless arrays are committed elsewhere: then say implementation."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None or isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
 
 
 def _check_sizes(width, num_heads, num_kv_heads, head_dim, sliding_window) -> None:

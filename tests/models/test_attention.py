@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,45 @@ def test_a_mask_of_any_rank_is_broadcast(on_cuda, shape, expected):
     mask = jnp.asarray(np.random.default_rng(0).random(shape) < 0.7)
     text = lowered(partial(attend, implementation="cudnn"), q, k, k, mask)
     (call,) = (line for line in text.splitlines() if "__cudnn$fmha" in line)
-    biases = re.findall(rf"tensor<(\d+)x(\d+)x{TOKENS}x5xbf16>", call)
+    biases = re.findall(rf"tensor<(\d+)x(\d+)x{TOKENS}x6xbf16>", call)
     assert biases == [tuple(map(str, expected))]
+
+
+ODD: Any = [((5, 5), {}), ((5, 5), {"is_causal": True}), ((4, 7), {}), ((7, 4), {"mask": True})]
+
+
+@pytest.mark.claim("cuDNN takes odd lengths")
+@pytest.mark.parametrize("lengths, options", ODD)
+def test_an_odd_length_gets_a_token_that_nothing_sees(on_cuda, monkeypatch, lengths, options):
+    generator = np.random.default_rng(0)
+    q, k = (jnp.asarray(generator.normal(size=(2, t, 3, 8)), jnp.bfloat16) for t in lengths)
+    if "mask" in options:
+        options = {"mask": jnp.asarray(generator.random(lengths) < 0.7).at[:, 0].set(True)}
+
+    def gradients(implementation):
+        def loss(q, k):
+            attended = attend(q, k, jnp.cos(k), implementation=implementation, **options)
+            return jnp.sum(jnp.sin(attended.astype(jnp.float32)))
+
+        return jax.grad(loss, argnums=(0, 1))
+
+    assert "__cudnn$fmha" in lowered(gradients("cudnn"), q, k)  # jax alone refuses the gradient
+    run = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        attention.jax.nn,
+        "dot_product_attention",
+        lambda *args, **kwargs: run(*args, **kwargs | {"implementation": "xla"}),
+    )
+    for padded, whole in zip(gradients("cudnn")(q, k), gradients("xla")(q, k), strict=True):
+        np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (padded, whole)), atol=0.02)
+
+
+@pytest.mark.control("cuDNN takes odd lengths")
+def test_control_jax_has_no_gradient_for_odd_lengths(on_cuda):
+    q = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.bfloat16)
+    run = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="sequence length"):
+        lowered(jax.grad(lambda q: jnp.sum(run(q, q, q).astype(jnp.float32))), q)
 
 
 def test_a_mask_of_too_many_axes_is_refused(on_cuda):
