@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +14,18 @@ from bdia_jax.sharding import BATCH_AXES, make_mesh, param_shardings
 from train.config import Config, MeshConfig
 
 
-def open_mesh(config: MeshConfig) -> Mesh | None:
+def open_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of all devices of all processes; None for one device alone.
+
+    Args:
+        config: its sizes.
+        devices: others than `jax.devices()`, to compile for.
 
     Raises:
         ValueError: more devices than there are; with several processes, also fewer.
     """
     sizes = dataclasses.asdict(config)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if config.data == -1:
         others = config.fsdp * config.tensor * config.sequence
         sizes["data"] = len(devices) // others
@@ -35,7 +40,7 @@ def open_mesh(config: MeshConfig) -> Mesh | None:
             f"the mesh has {count} devices, the {jax.process_count()} processes have "
             f"{len(devices)}; set --config.mesh.data=-1, or sizes whose product is {len(devices)}"
         )
-    return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes)
+    return None if count == 1 and jax.process_count() == 1 else make_mesh(**sizes, devices=devices)
 
 
 def check_shares(config: Config, mesh: Mesh | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from bdia_jax.compiled.targets import default_device, run_options
 from train.config import Config
 from train.devices.mesh import check_shares, open_mesh
 from train.devices.shards import abstract, place
@@ -40,6 +41,7 @@ class Program(NamedTuple):
     abstract_state: the state's shapes, dtypes and shardings.
     abstract_groups: likewise of the training groups.
     steps_per_epoch: batches in an epoch.
+    options: of the compiler, for train_steps.
     """
 
     init: Callable[..., State]
@@ -52,11 +54,17 @@ class Program(NamedTuple):
     abstract_state: State
     abstract_groups: tuple[Arrays, ...]
     steps_per_epoch: int
+    options: dict[str, Any]
 
 
-def make_program(config: Config, task: Task) -> Program:
-    """What a run needs, no step traced yet (`lower_steps` does) and no parameter made."""
-    mesh = open_mesh(config.mesh)
+def make_program(config: Config, task: Task, devices: Sequence[Any] | None = None) -> Program:
+    """What a run needs, no step traced yet (`lower_steps` does) and no parameter made.
+
+    Args:
+        config, task: the run's.
+        devices: others than `jax.devices()` for the mesh, to compile for.
+    """
+    mesh = open_mesh(config.mesh, devices)
     check_shares(config, mesh)
     inputs = StepInputs(config, task, mesh)
     batches = inputs.batches
@@ -94,6 +102,8 @@ def make_program(config: Config, task: Task) -> Program:
 
     def train_steps(state: State, examples: Any, count: jax.Array):
         """`count` steps in one dispatch; one program for every count."""
+        # XLA replaces a state in place in a branch only on a CPU, by a selection only on a GPU
+        selects = default_device().platform != "cpu"
         step, state = state["step"], {k: v for k, v in state.items() if k != "step"}
         step_of, update = over_seeds(gradient_step, (0, None, None)), over_seeds(update_step, 0)
         _, *shapes = jax.eval_shape(step_of, state, step, examples)
@@ -113,10 +123,11 @@ def make_program(config: Config, task: Task) -> Program:
             after = note.after(step + index, metrics, leaf_norms)
             note = jax.tree.map(lambda new, old: jnp.where(is_sound, new, old), after, note)
             sums = non_finite.select(kept, jax.tree.map(jnp.add, sums, metrics), sums)
-            if skips and config.num_seeds > 1:
-                state = non_finite.select(kept, update(state, *found), state)
-            else:  # a branch, which needs no copy of the state as a selection would
-                state = jax.lax.cond(kept.all(), update, lambda state, *_: state, state, *found)
+            which = kept if skips else kept.all()
+            if which.ndim or selects:
+                state = non_finite.select(which, update(state, *found), state)
+            else:
+                state = jax.lax.cond(which, update, lambda state, *_: state, state, *found)
             return index + (is_sound & (skips | kept.all())), state, sums, note, failure
 
         carry = (jnp.zeros([], jnp.int32), state, zeros, none, Failure(jnp.int32(-1), counts))
@@ -154,6 +165,7 @@ def make_program(config: Config, task: Task) -> Program:
         abstract_state=training.abstract_state,
         abstract_groups=abstract(task.train_groups, task.train_sizes, mesh),
         steps_per_epoch=batches.steps_per_epoch,
+        options=compile_options(config),
     )
 
 
@@ -181,9 +193,15 @@ def lower_steps(program: Program) -> jax.stages.Lowered:
     return program.train_steps.lower(program.abstract_state, program.abstract_groups, count)
 
 
+def compile_options(config: Config) -> dict[str, Any]:
+    """XLA's options for the `train_steps` of a config, on the default device."""
+    in_chunks = max(config.batch_chunks, config.token_chunks) > 1
+    return run_options(in_chunks=in_chunks, gathers=config.mesh.fsdp > 1)
+
+
 def compile_steps(program: Program) -> jax.stages.Compiled:
     """The compiled `train_steps`, for any count."""
-    return lower_steps(program).compile()
+    return lower_steps(program).compile(compiler_options=program.options)
 
 
 def _ratios(metrics) -> dict[str, jax.Array]:

@@ -1,1 +1,1 @@
-"""Memory per device of a training run on a mesh, by arithmetic: python -m train.plan."""
+"""What a training run needs of each device, as its program is compiled: python -m train.plan."""
