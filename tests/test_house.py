@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module may import its own layer, as long as there is no circle, and those below.
 LIBRARY = [
-    ["fixed_point", "_jaxprs", "_mesh"],
-    ["recurrence", "_checks", "rounding", "_recompute", "_verify"],
+    ["fixed_point", "_jaxprs", "_mesh", "compiled"],
+    ["recurrence", "_checks", "_derivatives", "rounding", "_recompute", "_verify"],
     ["_block", "_parts", "_autodiff", "_call"],
     ["scan", "memory", "losses", "optim"],
     ["audit", "remat"],
