@@ -336,11 +336,10 @@ def test_a_block_is_made_as_its_class_takes_rngs(make_block):
         ({"depth": True}, "depth is True"),
     ],
 )
-@pytest.mark.parametrize("stack", [BDIAStack, MidpointStack])
-def test_what_makes_no_stack_is_told(stack, change, message):
+def test_what_makes_no_stack_is_told(change, message):
     options = {"make_block": KeywordOnly, "depth": 2, "rngs": nnx.Rngs(0)} | change
     with pytest.raises(ValueError, match=message):
-        stack(options.pop("make_block"), options.pop("depth"), **options)
+        BDIAStack(options.pop("make_block"), options.pop("depth"), **options)
 
 
 @pytest.mark.parametrize(

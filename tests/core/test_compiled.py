@@ -21,7 +21,6 @@ from configs import gpt2_openwebtext, vit_digits
 from train.loop.optimizer import make_optimizer
 from train.loop.program import compile_steps, make_program
 from train.tasks import open_config
-from train.tasks.images import Images, make_task
 from train.tasks.task import Task
 
 
@@ -181,14 +180,6 @@ def test_copies_of_the_state_are_those_of_the_loop_alone(gradient):
 VIT = {"width": 64, "depth": 8, "num_heads": 2, "mlp_dim": 96}
 
 
-def vit_program(optimizer):
-    values = vit_digits.get_config("smoke").unlock()
-    values.update({"batch_size": 2, "optimizer": optimizer, "model": VIT})
-    config = open_config(values.lock())
-    images = Images(jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.zeros(4, jnp.int32))
-    return make_program(config, make_task(config, images, images, num_classes=10))
-
-
 def gpt2_program(optimizer):
     values = gpt2_openwebtext.get_config("smoke").unlock()
     values.update({"batch_size": 2, "optimizer": optimizer})
@@ -206,15 +197,10 @@ def gpt2_program(optimizer):
     return make_program(config, Task(examples, examples, make_model, metrics))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(vit_program, "set_adam"), (gpt2_program, "adamw")],
-    ids=["vit-set_adam", "gpt2-adamw"],
-)
-def program(request):
+@pytest.fixture(scope="module")
+def program():
     """(the program, its compiled steps)."""
-    make, optimizer = request.param
-    made = make(optimizer)
+    made = gpt2_program("adamw")
     return made, compile_steps(made)
 
 
