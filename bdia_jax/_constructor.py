@@ -1,5 +1,6 @@
 """What an NNX stack makes its blocks of: a constructor and random keys, checked."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -49,12 +50,12 @@ def _takes_by_name(make_block: Callable[..., Any]) -> bool:
     named = signature.parameters.get("rngs")
     is_named = named is not None and named.kind != inspect.Parameter.POSITIONAL_ONLY
     for by_name in (True, False) if is_named else (False, True):
-        try:
-            one: Any = ((), {"rngs": None}) if by_name else ((None,), {})
-            signature.bind(*args, *one[0], **{**kwargs, **one[1]})
-        except TypeError:
-            continue
-        return by_name
+        with contextlib.suppress(TypeError):
+            if by_name:
+                signature.bind(*args, **(kwargs | {"rngs": None}))
+            else:
+                signature.bind(*args, None, **kwargs)
+            return by_name
     raise ValueError(
         f"make_block is {name}({', '.join(signature.parameters)}), which cannot be called with "
         "rngs alone; bind the rest: lambda rngs: Block(..., rngs=rngs)"

@@ -13,7 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from bdia_jax._jaxprs import evaluate, run
 
-HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+# dtype -> (exponent bits, mantissa bits)
+HALF = {jnp.dtype(jnp.bfloat16): (8, 7), jnp.dtype(jnp.float16): (5, 10)}
 
 _ELEMENTWISE = frozenset(
     {"abs", "add", "broadcast_in_dim", "clamp", "convert_element_type", "copy", "cos", "div"}

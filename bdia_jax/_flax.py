@@ -159,15 +159,6 @@ class Draw(NamedTuple):
     backprop: str
 
 
-def refuse_named(by_name: dict[str, Any], call: str = "stack") -> None:
-    """Raises TypeError for a const that is given by name to `call` of an NNX stack."""
-    for name in by_name:
-        raise TypeError(
-            f"{name}= is given by name; what blocks are called with is given by position, in "
-            f"the order of the block's call: {call}(x, {name})"
-        )
-
-
 def draw_gamma(
     stack: Any, batch_size: int, key: Callable[[], jax.Array], *, deterministic: bool
 ) -> Draw:

@@ -43,9 +43,10 @@ def evaluate(eqn: JaxprEqn, *inputs) -> Sequence[Any]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*bound.values())
 
 
-def enter(visit: Visit, eqn: JaxprEqn) -> JaxprEqn:
-    """The equation with the jaxprs in it evaluated by `visit`: the body of a loop, a branch."""
-    return eqn.replace(params={key: _entered(visit, value) for key, value in eqn.params.items()})
+def enter(evaluated: Callable[..., Any], eqn: JaxprEqn) -> JaxprEqn:
+    """The equation whose inner jaxprs, a loop's body or a branch, are `evaluated(jaxpr, *args)`."""
+    params = {key: _entered(evaluated, value) for key, value in eqn.params.items()}
+    return eqn.replace(params=params)
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
@@ -58,9 +59,9 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
                 yield from equations(inner)
 
 
-def _entered(visit: Visit, value: Any) -> Any:
+def _entered(evaluated: Callable[..., Any], value: Any) -> Any:
     if isinstance(value, tuple) and any(_is_jaxpr(item) for item in value):
-        return tuple(_entered(visit, item) for item in value)
+        return tuple(_entered(evaluated, item) for item in value)
     if isinstance(value, ClosedJaxpr):
         inputs = [
             jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
@@ -68,9 +69,9 @@ def _entered(visit: Visit, value: Any) -> Any:
             else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
             for aval in value.in_avals
         ]
-        return jax.make_jaxpr(partial(run, visit, value))(*inputs)
+        return jax.make_jaxpr(partial(evaluated, value))(*inputs)
     if isinstance(value, Jaxpr) and not value.constvars:
-        return _entered(visit, ClosedJaxpr(value, ())).jaxpr
+        return _entered(evaluated, ClosedJaxpr(value, ())).jaxpr
     return value
 
 

@@ -109,7 +109,7 @@ def without_checkpoint(eqn, *inputs):
     if eqn.primitive.name == "remat2":
         return run(without_checkpoint, ClosedJaxpr(eqn.params["jaxpr"], ()), *inputs)
     if eqn.primitive.name in _ENTERED:
-        eqn = enter(without_checkpoint, eqn)
+        eqn = enter(partial(run, without_checkpoint), eqn)
     return evaluate(eqn, *inputs)
 
 
@@ -129,9 +129,9 @@ def marking(places: list[Place], loops: tuple[tuple[int, bool], ...] = ()) -> Vi
     def visit(eqn, *inputs):
         if eqn.primitive.name == "scan":
             body = marking(places, (*loops, (len(places), eqn.params["reverse"])))
-            return evaluate(enter(body, eqn), *inputs)
+            return evaluate(enter(partial(run, body), eqn), *inputs)
         if eqn.primitive.name in _ENTERED:
-            return evaluate(enter(visit, eqn), *inputs)
+            return evaluate(enter(partial(run, visit), eqn), *inputs)
         if eqn.primitive.name in _MOVES:
             return evaluate(eqn, *inputs)
         first = len(places)

@@ -220,6 +220,15 @@ def stacked_params(model: nnx.Module) -> nnx.State:
     )
 
 
+def refuse_named(by_name: dict[str, Any], call: str = "stack") -> None:
+    """Raises TypeError for a const that is given by name to `call` of a stack."""
+    for name in by_name:
+        raise TypeError(
+            f"{name}= is given by name; what blocks are called with is given by position, in "
+            f"the order of the block's call: {call}(x, {name})"
+        )
+
+
 def draw(rngs: nnx.Rngs, stream: str) -> jax.Array:
     """The next key of a stream, or of the default one."""
     # not rngs.gamma(): that is jax.random.gamma when there is no such stream

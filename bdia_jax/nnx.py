@@ -18,7 +18,6 @@ from bdia_jax._flax import (
     choose_evaluation,
     choose_guard_bits,
     draw_gamma,
-    refuse_named,
     verification,
 )
 from bdia_jax._stack import (
@@ -31,6 +30,7 @@ from bdia_jax._stack import (
     draw,
     finish,
     pure_blocks,
+    refuse_named,
     stacked_params,
     state_names,
 )

@@ -7,7 +7,7 @@ guard bits can absorb. `lax.reduce_precision` is a rounding that XLA must keep.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.extend.core import Jaxpr
 from jax.extend.source_info_util import register_exclusion
 
 from bdia_jax._derivatives import (
+    HALF,
     activation,
     is_activation,
     product,
@@ -25,9 +26,6 @@ from bdia_jax._derivatives import (
 from bdia_jax._jaxprs import enter, equations, evaluate, run
 
 register_exclusion(__file__)  # the line that JAX tells of an equation is the user's
-
-# dtype -> (exponent bits, mantissa bits)
-_FORMATS = {jnp.dtype(jnp.bfloat16): (8, 7), jnp.dtype(jnp.float16): (5, 10)}
 
 # These move values that are rounded already.
 _MOVES = frozenset(
@@ -47,8 +45,12 @@ def pin_rounding(fn: Callable[..., Any]) -> Callable[..., Any]:
     By default XLA may leave such a rounding out between operations that it fuses. What is
     evaluated twice, as under `jax.checkpoint`, then differs: near a tie a token is routed to
     another expert, and gradients are those of other activations. The function returned rounds
-    every bfloat16 and float16 intermediate explicitly, also in its derivatives. float32 is left
+    every bfloat16 and float16 intermediate explicitly, the first time and again. float32 is left
     alone, and nothing more is kept. `audit_remat` says whether it was enough.
+
+    Derivatives are leaner than autodiff's: those of a product that is wider than its operands have
+    the operands' type, as have other products'; those of an activation (gelu, silu, any function of
+    one half-precision array by its elements) are taken anew from its input, in float32.
 
     `jit`, `jax.checkpoint`, `scan`, loops and conditionals inside fn are entered. Functions with a
     derivative rule of their own (`jax.custom_jvp`, `jax.custom_vjp`), kernels and `shard_map` are
@@ -81,7 +83,7 @@ def pin_rounding(fn: Callable[..., Any]) -> Callable[..., Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
             _check(leaf, path)
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        flat = run(_pin, with_activations(closed), *jax.tree.leaves((args, kwargs)))
+        flat = _run(closed, *jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(out_shape), flat)
 
     return pinned
@@ -90,9 +92,7 @@ def pin_rounding(fn: Callable[..., Any]) -> Callable[..., Any]:
 def has_half_precision(jaxpr: Jaxpr) -> bool:
     """Whether any value in jaxpr, at any depth, is bfloat16 or float16."""
     return any(
-        getattr(var.aval, "dtype", None) in _FORMATS
-        for eqn in equations(jaxpr)
-        for var in eqn.outvars
+        getattr(var.aval, "dtype", None) in HALF for eqn in equations(jaxpr) for var in eqn.outvars
     )
 
 
@@ -107,26 +107,30 @@ def _check(leaf, path):
         ) from None
 
 
+def _run(closed, *args):
+    return run(_pin, with_activations(closed), *args)
+
+
 def _pin(eqn, *inputs):
     name = eqn.primitive.name
     if widens(eqn):
         return [product(eqn, *inputs)]
     if is_activation(eqn):
-        entered = enter(_pin, eqn)
+        entered = enter(partial(run, _pin), eqn)
         return [activation(eqn, lambda x: _round(*evaluate(entered, x)), *inputs)]
-    results = evaluate(enter(_pin, eqn) if name in _ENTERED else eqn, *inputs)
+    results = evaluate(enter(_run, eqn) if name in _ENTERED else eqn, *inputs)
     return results if name in _MOVES else [_round(result) for result in results]
 
 
 def _round(value):
-    return _rounded(value) if getattr(value, "dtype", None) in _FORMATS else value
+    return _rounded(value) if getattr(value, "dtype", None) in HALF else value
 
 
 @jax.custom_jvp
 def _rounded(value):
     # through float32: a reduction to the operand's own format would be dropped as a no-op
     wide = jax.lax.convert_element_type(value, jnp.float32)
-    rounded = jax.lax.reduce_precision(wide, *_FORMATS[value.dtype])
+    rounded = jax.lax.reduce_precision(wide, *HALF[value.dtype])
     return jax.lax.convert_element_type(rounded, value.dtype)
 
 

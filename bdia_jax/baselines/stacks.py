@@ -11,8 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bdia_jax._flax import refuse_named
-from bdia_jax._stack import Pure, Stack, call_whole, draw, finish, pure_blocks, state_names
+from bdia_jax._stack import (
+    Pure,
+    Stack,
+    call_whole,
+    draw,
+    finish,
+    pure_blocks,
+    refuse_named,
+    state_names,
+)
 from bdia_jax.baselines.float_scan import (
     Coefficients,
     float_bdia,

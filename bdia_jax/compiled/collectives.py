@@ -98,9 +98,7 @@ def _walk(
         if kind in KINDS:
             everyone = program.devices
             size = everyone if "permute" in kind else _group_size(one.rest, everyone)
-            source = re.search(r'op_name="([^"]*)"', one.rest)
-            source = source[1] if source else ""
-            yield Collective(kind, _results(one), size, times, in_loop, source)
+            yield Collective(kind, _results(one), size, times, in_loop, one.source)
         elif one.opcode == "while":
             called = dict(one.called)
             for inner, once_more in (("body", 0), ("condition", 1)):

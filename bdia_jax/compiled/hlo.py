@@ -56,6 +56,12 @@ class Instruction(NamedTuple):
         )
 
     @property
+    def source(self) -> str:
+        """The operation of the JAX program that it was made for, "" if it does not say."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
     def operands(self) -> list[str]:
         """The names of what it takes."""
         inside = self.rest[: _closing("(" + self.rest) - 2]

@@ -11,7 +11,7 @@ JAX_PLATFORMS=cpu, without which JAX leaves that compiler out. Choosing the fast
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -55,10 +55,10 @@ class Target:
     def usable(self) -> int:
         """Bytes a program may take; the rest is the runtime's, and slack of XLA's own.
 
-        Beyond 0.767 of the memory (60.7 GiB of an H100's 79.1) XLA computes values again to take
-        less, so that a program which would not fit gets slower before it fails.
+        Beyond 0.766 of the memory (60.59 GiB of an H100's 79.1, as XLA says of a program that takes
+        more) it computes values again to take less: what would not fit gets slower before it fails.
         """
-        return int(0.767 * self.memory)
+        return int(0.766 * self.memory)
 
     @property
     def description(self) -> str:
@@ -97,38 +97,60 @@ def _flops(half: float, single: float) -> Mapping[str, float]:
 
 
 _GIB, _MIB, _KIB = 2**30, 2**20, 2**10
+_A100 = Target(
+    kind="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    cores=108,
+    clock_ghz=1.41,
+    memory=int(79.2 * _GIB),
+    bandwidth=2.039e12,
+    l2=40 * _MIB,
+    shared=164 * _KIB,
+    threads=2048,
+    flops=_flops(312, 156),
+)
+_H100 = replace(
+    _A100,
+    kind="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    clock_ghz=1.98,
+    memory=int(79.1 * _GIB),
+    bandwidth=3.352e12,
+    l2=50 * _MIB,
+    shared=228 * _KIB,
+    flops=_flops(989, 495),
+)
+_RTX4090 = Target(
+    kind="NVIDIA GeForce RTX 4090",
+    capability=(8, 9),
+    cores=128,
+    clock_ghz=2.52,
+    memory=int(23.6 * _GIB),
+    bandwidth=1.008e12,
+    l2=72 * _MIB,
+    shared=100 * _KIB,
+    threads=1536,
+    flops=_flops(165, 83),
+)
+_40GB = {"memory": int(39.5 * _GIB), "bandwidth": 1.555e12}
+_H200 = {"memory": int(139.8 * _GIB), "bandwidth": 4.8e12}
+_B200 = {"capability": (10, 0), "cores": 148, "clock_ghz": 1.965, "memory": int(178.3 * _GIB)}
+_B200 |= {"bandwidth": 7.7e12, "l2": 126 * _MIB, "flops": _flops(2250, 1125)}
+_2080TI = {"capability": (7, 5), "cores": 68, "clock_ghz": 1.545, "memory": int(10.7 * _GIB)}
+_2080TI |= {"bandwidth": 6.16e11, "l2": int(5.5 * _MIB), "shared": 64 * _KIB, "threads": 1024}
+_2080TI |= {"flops": _flops(54, 13.4)}
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "a100-40gb": Target(
-            "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, int(39.5 * _GIB), 1.555e12,
-            40 * _MIB, 164 * _KIB, 2048, _flops(312, 156),
-        ),
-        "a100": Target(
-            "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, int(79.2 * _GIB), 2.039e12,
-            40 * _MIB, 164 * _KIB, 2048, _flops(312, 156),
-        ),
-        "h100": Target(
-            "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, int(79.1 * _GIB), 3.352e12,
-            50 * _MIB, 228 * _KIB, 2048, _flops(989, 495),
-        ),
-        "h200": Target(
-            "NVIDIA H200", (9, 0), 132, 1.98, int(139.8 * _GIB), 4.8e12,
-            50 * _MIB, 228 * _KIB, 2048, _flops(989, 495),
-        ),
-        "b200": Target(
-            "NVIDIA B200", (10, 0), 148, 1.965, int(178.3 * _GIB), 7.7e12,
-            126 * _MIB, 228 * _KIB, 2048, _flops(2250, 1125),
-        ),
-        "rtx4090": Target(
-            "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, int(23.6 * _GIB), 1.008e12,
-            72 * _MIB, 100 * _KIB, 1536, _flops(165, 83),
-        ),
-        "rtx2080ti": Target(
-            "NVIDIA GeForce RTX 2080 Ti", (7, 5), 68, 1.545, int(10.7 * _GIB), 6.16e11,
-            int(5.5 * _MIB), 64 * _KIB, 1024, _flops(54, 13.4),
-        ),
+        "a100-40gb": replace(_A100, kind="NVIDIA A100-SXM4-40GB", **_40GB),
+        "a100": _A100,
+        "h100": _H100,
+        "h200": replace(_H100, kind="NVIDIA H200", **_H200),
+        "b200": replace(_H100, kind="NVIDIA B200", **_B200),
+        "rtx4090": _RTX4090,
+        "rtx2080ti": replace(_RTX4090, kind="NVIDIA GeForce RTX 2080 Ti", **_2080TI),
     }
-)  # fmt: skip
+)
 
 
 @cache

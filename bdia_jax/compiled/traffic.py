@@ -94,10 +94,8 @@ def _walk(program: Program, name: str, times: int, loop: int) -> Iterator[Work]:
             read, written = _bytes(program, one, named)
             if read or written:
                 flops, dtype = _flops(program, one, named)
-                source = re.search(r'op_name="([^"]*)"', one.rest)
-                source = source[1] if source else ""
-                opcode = one.opcode
-                yield Work(one.name, opcode, loop, times, read, written, flops, dtype, source)
+                about = (one.name, one.opcode, loop, times, read, written)
+                yield Work(*about, flops, dtype, one.source)
 
 
 # --- bytes -------------------------------------------------------------------------------

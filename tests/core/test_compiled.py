@@ -177,13 +177,13 @@ def test_copies_of_the_state_are_those_of_the_loop_alone(gradient):
 
 # --- the training program --------------------------------------------------------------
 
-VIT = {"width": 64, "depth": 8, "num_heads": 2, "mlp_dim": 96}
+SIZES = {"width": 64, "depth": 8, "num_heads": 2, "mlp_dim": 96}
 
 
 def gpt2_program(optimizer):
     values = gpt2_openwebtext.get_config("smoke").unlock()
     values.update({"batch_size": 2, "optimizer": optimizer})
-    values.model.update(VIT | {"dtype": "float32"})
+    values.model.update(SIZES | {"dtype": "float32"})
     config = open_config(values.lock())
 
     def make_model(rngs):

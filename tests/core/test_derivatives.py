@@ -69,6 +69,17 @@ def test_an_activation_keeps_its_value_and_holds_its_input(fn):
     assert not residual_bytes(pinned, X)  # but its argument
 
 
+@pytest.mark.parametrize(
+    "inside", [jax.jit, jax.checkpoint, lambda fn: lambda x: jax.lax.map(fn, x)]
+)
+def test_an_activation_inside_another_transformation_is_one(inside):
+    pinned = pin_rounding(inside(lambda x: gelu(x)))
+    products = jax.make_jaxpr(jax.grad(loss_of(pinned)))(X).jaxpr
+    in_float32 = [e for e in equations(products) if e.primitive.name == "erfc"]
+    assert any(eqn.invars[0].aval.dtype == jnp.float32 for eqn in in_float32)  # pyright: ignore
+    assert (pinned(X) == gelu(X)).all()
+
+
 @pytest.mark.control("an activation is held by its input")
 def test_control_autodiff_holds_more():
     assert sum(residual_bytes(gelu, X).values()) > 2 * X.size

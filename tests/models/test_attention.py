@@ -18,7 +18,6 @@ from bdia_jax.models.attention import (
     CrossAttention,
     attend,
     choose_implementation,
-    default_device,
 )
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.cache import Cache
@@ -84,15 +83,6 @@ def test_cudnn_is_chosen_where_it_can_run(device, dtype, head_dim, expected):
     q = jax.ShapeDtypeStruct((2, 7, 3, head_dim), dtype)
     assert choose_implementation(q, None, device) == expected
     assert choose_implementation(q, jnp.ones((1, 1, 7, 7), bool), device) == "xla"
-
-
-def test_the_device_is_the_one_compiled_for():
-    second = jax.devices("cpu")[-1]
-    assert default_device() == jax.devices()[0]
-    with jax.default_device(second):
-        assert default_device() == second
-    with jax.default_device("cpu"):  # pyright: ignore
-        assert default_device() == jax.local_devices(backend="cpu")[0]
 
 
 LINFORMER = partial(LinformerAttention, num_tokens=TOKENS, projected=8)

@@ -1,5 +1,7 @@
 """A step whose loss or gradient is not finite: left out or the end, and written down."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from toy import bits
 from toy_runs import points, saved_bits, tiny
 
+import train.loop.program as program_module
+from bdia_jax._jaxprs import equations
 from train.loop import non_finite
 from train.loop.log import read_records
 from train.loop.program import make_program
@@ -71,6 +75,29 @@ def test_stop_leaves_the_state_of_the_steps_before(programs):
     assert all_bits(later) == all_bits(before) and again["non_finite"].step == BAD
     other, _ = run(programs, "stop", BAD - 1)  # every step changes the state
     assert all_bits(other["params"]) != all_bits(before["params"])
+
+
+def branches(program, groups) -> int:
+    jaxpr = jax.make_jaxpr(program.train_steps)(program.abstract_state, groups, jnp.int32(1)).jaxpr
+    return sum(eqn.primitive.name == "cond" for eqn in equations(jaxpr))
+
+
+@pytest.mark.claim("a GPU's step selects its state")
+@pytest.mark.control("a GPU's step selects its state")
+def test_a_gpus_step_selects_the_state_a_cpus_branches_to(programs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(program_module, "default_device", lambda: SimpleNamespace(platform="gpu"))
+        _, groups = programs["stop"]
+        config = config_of()
+        selecting = make_program(config, with_bad_example(config))
+        state, metrics = run({"stop": (selecting, groups)}, "stop", STEPS)
+        assert branches(selecting, groups) == 0
+    expected, again = run(programs, "stop", STEPS)
+    assert int(state["step"]) == int(expected["step"]) == BAD
+    assert metrics["non_finite"].step == again["non_finite"].step == BAD
+    for leaf, other in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6)
+    assert branches(*programs["stop"]) > 0  # the control: on a CPU
 
 
 def test_skip_goes_on_without_the_step(programs):

@@ -41,7 +41,7 @@ class Program(NamedTuple):
     abstract_state: the state's shapes, dtypes and shardings.
     abstract_groups: likewise of the training groups.
     steps_per_epoch: batches in an epoch.
-    options: of the compiler, for train_steps.
+    options: () -> the compiler's for train_steps, on the default device.
     """
 
     init: Callable[..., State]
@@ -54,7 +54,7 @@ class Program(NamedTuple):
     abstract_state: State
     abstract_groups: tuple[Arrays, ...]
     steps_per_epoch: int
-    options: dict[str, Any]
+    options: Callable[[], dict[str, Any]]
 
 
 def make_program(config: Config, task: Task, devices: Sequence[Any] | None = None) -> Program:
@@ -165,7 +165,7 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
         abstract_state=training.abstract_state,
         abstract_groups=abstract(task.train_groups, task.train_sizes, mesh),
         steps_per_epoch=batches.steps_per_epoch,
-        options=compile_options(config),
+        options=partial(_options, config),
     )
 
 
@@ -193,15 +193,14 @@ def lower_steps(program: Program) -> jax.stages.Lowered:
     return program.train_steps.lower(program.abstract_state, program.abstract_groups, count)
 
 
-def compile_options(config: Config) -> dict[str, Any]:
-    """XLA's options for the `train_steps` of a config, on the default device."""
+def _options(config: Config) -> dict[str, Any]:
     in_chunks = max(config.batch_chunks, config.token_chunks) > 1
     return run_options(in_chunks=in_chunks, gathers=config.mesh.fsdp > 1)
 
 
 def compile_steps(program: Program) -> jax.stages.Compiled:
     """The compiled `train_steps`, for any count."""
-    return lower_steps(program).compile(compiler_options=program.options)
+    return lower_steps(program).compile(compiler_options=program.options())
 
 
 def _ratios(metrics) -> dict[str, jax.Array]:

@@ -82,7 +82,7 @@ def _train(config: Config, workdir: str, command: str, lock: Lock) -> dict[str, 
             task = guard_bits.with_guard_bits(task, guard_facts["guard_bits"])
             program = make_program(config, task)
             lowered = lower_steps(program)
-        program = program._replace(train_steps=lowered.compile(compiler_options=program.options))
+        program = program._replace(train_steps=lowered.compile(compiler_options=program.options()))
         memory = memory_report(program.train_steps)
         start = int(state["step"])
         seeds = f" x {config.num_seeds} seeds" if config.num_seeds > 1 else ""

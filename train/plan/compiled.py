@@ -15,7 +15,7 @@ from bdia_jax.compiled.hlo import read
 from bdia_jax.compiled.traffic import Total, total, work
 from bdia_jax.sharding import BATCH_AXES
 from train.config import Config
-from train.loop.program import compile_options, lower_steps, make_program
+from train.loop.program import lower_steps, make_program
 from train.plan.closed_form import Parts, mesh_sizes, parts
 from train.tasks.task import Task
 
@@ -120,8 +120,8 @@ def compile_steps(config: Config, task: Task, where: Where) -> jax.stages.Compil
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         program = make_program(config, task, where.devices)
     with jax.default_device(where.devices[0]):
-        lowered, options = lower_steps(program), compile_options(config)
-        return targets.compile(lowered, **options) if where.target else lowered.compile()
+        lowered = lower_steps(program)
+        return targets.compile(lowered, **program.options()) if where.target else lowered.compile()
 
 
 def make_plan(config: Config, task: Task, where: Where) -> Plan:
