@@ -48,7 +48,8 @@ def softmax_cross_entropy(
 
     Args:
         features: float32 or bfloat16 [..., D].
-        table: float32 or bfloat16 [V, D], a row a class: the embedding, if it is tied.
+        table: float32 or bfloat16 [V, D], a row a class: the embedding, if it is tied. If it is
+            split over devices, then along D: split along V, each chunk would gather all of it.
         labels: integers [...]. One outside 0 .. V-1 cannot raise under jit: its loss is NaN, and
             so are the gradients if that loss is used. If it is not, they are as without the
             token; padding may have any label: `jnp.where(labels >= 0, loss, 0)`.

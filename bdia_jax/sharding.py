@@ -26,8 +26,9 @@ _RULES: tuple[tuple[str, int | None, int | None], ...] = (
     (rf"{_COLUMNS}\.(bias|lora_b)$", -1, None),
     (r"\.out\.kernel$", -2, -1),
     (r"\.out\.lora_a$", -2, None),
-    (r"(^|\.)head\.kernel$", None, -2),  # width, not the classes, which the loss cuts into chunks
-    (r"(^|\.)\w*(embedding|positions)$", None, -1),
+    # width, not the classes, which the loss cuts into chunks: each would gather the whole table
+    (r"(^|\.)head\.kernel$", None, -2),
+    (r"(^|\.)(head|\w*(embedding|positions))$", None, -1),
 )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from bdia_jax import FixedPoint
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.models.gpt2 import GPT2
+from bdia_jax.models.llama import Llama
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.sharding import AXES, make_mesh, param_shardings, shard, state_sharding
 
@@ -92,6 +93,19 @@ def test_parameters_are_split_by_heads_and_features_and_over_fsdp():
         assert specs[f"{blocks}.{name}.kernel"] == P(None, "tensor", "fsdp"), name
     assert specs["embedding"] == specs["positions"] == P(None, "fsdp")  # 2 does not divide 51
     assert specs[f"{blocks}.mlp_norm.scale"] == P(None, None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_of_classes_is_split_along_its_width(tied):
+    """The loss takes it in chunks of the classes: of a table split along them, each would gather
+    all of it."""
+    sizes = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16}
+    model = nnx.eval_shape(
+        lambda: Llama(64, 16, **sizes, tie_embeddings=tied, rngs=nnx.Rngs(0))  # 2 divides both
+    )
+    specs = nnx.to_pure_dict(nnx.as_pure(param_shardings(model, make_mesh(fsdp=2))))
+    assert specs["embedding"].spec == P(None, "fsdp")
+    assert tied or specs["head"].spec == P(None, "fsdp")
 
 
 def test_a_users_matrices_are_split_over_fsdp_and_never_between_blocks():
