@@ -33,10 +33,10 @@ def value(block: Block, params: Leaves, x: jax.Array, consts: Leaves) -> tuple[j
     """(h, aux of all branches). Autodiff gives its derivatives."""
     count = block.batch_chunks
     if count == 1:
-        return _value(block.branches, params, x, consts)
+        return branches_value(block.branches, params, x, consts)
 
     def one_chunk(index, h):
-        chunk, _ = _value(
+        chunk, _ = branches_value(
             block.branches,
             fold_keys(params, index),
             cut(x, index, count, BATCH),
@@ -44,8 +44,13 @@ def value(block: Block, params: Leaves, x: jax.Array, consts: Leaves) -> tuple[j
         )
         return put(h, chunk, index, BATCH)
 
+    return _loop(count, one_chunk, jnp.zeros_like(x)), no_aux(block)
+
+
+def no_aux(block: Block) -> Leaves:
+    """The aux of a block that has none."""
     nothing = tuple(() for _ in block.branches)
-    return _loop(count, one_chunk, jnp.zeros_like(x)), Leaves(nothing, nothing)
+    return Leaves(nothing, nothing)
 
 
 def value_and_vjp(
@@ -54,26 +59,33 @@ def value_and_vjp(
     params: Leaves,
     x: jax.Array,
     consts: Leaves,
-    ct_h: jax.Array,
+    scale: jax.Array,
+    ct: jax.Array,
     ct_aux: tuple[Any, ...],
-) -> tuple[jax.Array, Cotangents]:
-    """(h, cotangents of its inputs), with one branch's residuals at a time.
+    use: Callable[[jax.Array], PyTree],
+) -> tuple[PyTree, Cotangents]:
+    """(use(h), cotangents of the block's inputs), with one branch's residuals at a time.
 
-    The last branch is evaluated once, for its value and its vjp; each before it twice, for
-    the value that those after it need and for the vjp: that is the price.
+    The cotangent of h is scale * ct. The last branch is evaluated once, for its value and its vjp;
+    each before it twice, for the value that those after it need and for the vjp: that is the price.
+    What h is used for is done before the vjp, so that neither h nor its terms are held through it.
     """
     ys, rs = [x], []
     for branch in branches[:-1]:
         r, _ = _branch_value(branch, params, ys[-1], consts)
         rs.append(r)
         ys.append(ys[-1] + r)
-    r, ct = _branch_vjp(branches[-1], params, ys.pop(), consts, ct_h, ct_aux[-1])
-    rs.append(r)
+
+    def use_sum(r):
+        return use(reduce(jnp.add, [*rs, r]))
+
+    last = (branches[-1], params, ys.pop(), consts)
+    used, found = _branch_vjp(*last, scale, ct, ct_aux[-1], use_sum)
     for branch, ct_aux_i in zip(branches[-2::-1], ct_aux[-2::-1], strict=True):
-        y = _after(ct.x, ys.pop())
-        _, ct_branch = _branch_vjp(branch, params, y, consts, ct_h + ct.x, ct_aux_i)
-        ct = jax.tree.map(jnp.add, ct, ct_branch)
-    return reduce(jnp.add, rs), ct
+        y = _after(found.x, ys.pop())
+        _, more = _branch_vjp(branch, params, y, consts, 1.0, scale * ct + found.x, ct_aux_i)
+        found = jax.tree.map(jnp.add, found, more)
+    return used, found
 
 
 def _after(ct: jax.Array, y: jax.Array) -> jax.Array:
@@ -86,7 +98,7 @@ def _after(ct: jax.Array, y: jax.Array) -> jax.Array:
     return y + jnp.minimum(ct * ct, 0.0)
 
 
-def _value(branches, params, x, consts):
+def branches_value(branches, params, x, consts):
     y, rs, auxes = x, [], []
     for branch in branches:
         r, aux = _branch_value(branch, params, y, consts)
@@ -111,39 +123,45 @@ def _branch_value(branch: Branch, params, y, consts):
     return _loop(count, one_chunk, jnp.zeros_like(y)), Leaves((), ())
 
 
-def _branch_vjp(branch: Branch, params, y, consts, ct_r, ct_aux) -> tuple[jax.Array, Cotangents]:
-    """(r, cotangents of the branch's inputs)."""
+def _branch_vjp(
+    branch: Branch, params, y, consts, scale, ct, ct_aux, use=lambda r: r
+) -> tuple[PyTree, Cotangents]:
+    """(use(r), cotangents of the branch's inputs under scale * ct)."""
     count = branch.token_chunks
     if count == 1:
-        return _vjp(branch.fn, params, y, consts, ct_r, ct_aux)
+        return _vjp(branch.fn, params, y, consts, scale, ct, ct_aux, use)
 
     def one_chunk(index, carry):
-        r, ct = carry  # at first y, and ct_r in the place of ct.x, overwritten chunk by chunk
-        chunk, ct_chunk = _vjp(
+        r, found = carry  # at first y, and ct in the place of found.x, overwritten chunk by chunk
+        chunk, own = _vjp(
             branch.fn,
             fold_keys(params, index),
             cut(r, index, count, TOKENS),
             fold_keys(consts, index),
-            cut(ct.x, index, count, TOKENS),
+            scale,
+            cut(found.x, index, count, TOKENS),
             ct_aux,
         )
-        r = put(r, chunk, index, TOKENS)
-        ct_x = put(ct.x, ct_chunk.x, index, TOKENS)
-        ct_params = jax.tree.map(jnp.add, ct.params, ct_chunk.params)
-        ct_consts = jax.tree.map(jnp.add, ct.consts, ct_chunk.consts)
-        return r, Cotangents(ct_params, ct_x, ct_consts)
+        ct_x = put(found.x, own.x, index, TOKENS)
+        ct_params = jax.tree.map(jnp.add, found.params, own.params)
+        ct_consts = jax.tree.map(jnp.add, found.consts, own.consts)
+        return put(r, chunk, index, TOKENS), Cotangents(ct_params, ct_x, ct_consts)
 
     zeros = jax.tree.map(jnp.zeros_like, (params.diff, consts.diff))
-    return _loop(count, one_chunk, (y, Cotangents(zeros[0], ct_r, zeros[1])))
+    r, found = _loop(count, one_chunk, (y, Cotangents(zeros[0], ct, zeros[1])))
+    return use(r), found
 
 
-def _vjp(fn: LeafFn, params, y, consts, ct_r, ct_aux) -> tuple[jax.Array, Cotangents]:
+def _vjp(
+    fn: LeafFn, params, y, consts, scale, ct, ct_aux, use=lambda r: r
+) -> tuple[PyTree, Cotangents]:
     def differentiable(diff, y, diff_consts):
         r, aux = fn(Leaves(diff, params.data), y, Leaves(diff_consts, consts.data))
         return r, aux.diff
 
     (r, _), vjp = jax.vjp(differentiable, params.diff, y, consts.diff)
-    return r, Cotangents(*vjp((ct_r, ct_aux)))
+    used, ct = jax.lax.optimization_barrier((use(r), ct))
+    return used, Cotangents(*vjp((scale * ct, ct_aux)))
 
 
 def narrowed(block: Block, params: Leaves) -> Leaves:
@@ -159,33 +177,41 @@ def narrowed(block: Block, params: Leaves) -> Leaves:
 
 def over_batch_chunks(
     block: Block,
-    undo: Callable[[Leaves, Leaves, PyTree, PyTree], tuple[PyTree, Any, Any, PyTree]],
+    one: Callable[[Leaves, Leaves, PyTree, PyTree], tuple[PyTree, Any, Any]],
     params: Leaves,
     consts: Leaves,
+    *,
     known: PyTree,
     states: PyTree,
-    ct_consts: Any,
-    seen: PyTree,
-) -> tuple[PyTree, Any, Any, PyTree]:
-    """`undo` on every chunk of the batch in turn: each overwrites its own of `states`.
+    ct_consts: Any = None,
+    start: jax.Array | None = None,
+) -> tuple[PyTree, Any, Any]:
+    """`one` on every chunk of the batch in turn: each overwrites its own of `states`.
 
     Args:
-        undo: (params_k, consts, known, states) -> (states, ct of params, ct of consts, seen).
-        known: arrays [B, ...] that are read.
-        states: arrays [B, ...] that come back in the same shapes.
+        one: (params_k, consts, known, states) -> (states, ct of params, ct of consts); without
+            ct_consts, cotangents are ignored.
+        known: arrays [B, ...] that are read, or [1, ...] for all samples.
+        states: arrays [B, ...] that come back in the same shapes and dtypes.
         ct_consts: the cotangents of consts are added to it.
-        seen: arrays like those that `undo` returns last, for their shapes and dtypes.
+        start: [], 0 or NaN, what sums of chunks start from. A constant 0 would be kept through the
+            loop over blocks, as an array of each gradient's size.
 
     Returns:
-        As `undo`, of the whole batch.
+        As `one`, of the whole batch.
     """
     count = block.batch_chunks
     if count == 1:
-        states, ct_params, ct_consts_k, seen = undo(params, consts, known, states)
-        return states, ct_params, jax.tree.map(jnp.add, ct_consts, ct_consts_k), seen
+        states, ct_params, ct_consts_k = one(params, consts, known, states)
+        if ct_consts is not None:
+            ct_consts = jax.tree.map(jnp.add, ct_consts, ct_consts_k)
+        return states, ct_params, ct_consts
 
     def cut_all(tree, index):
-        return jax.tree.map(lambda array: cut(array, index, count, BATCH), tree)
+        def cut_one(array):
+            return array if len(array) == 1 else cut(array, index, count, BATCH)
+
+        return jax.tree.map(cut_one, tree)
 
     def put_all(tree, chunk, index):
         return jax.tree.map(lambda array, own: put(array, own, index, BATCH), tree, chunk)
@@ -198,23 +224,28 @@ def over_batch_chunks(
     narrow = narrowed(block, params)
 
     def one_chunk(index, carry):
-        states, ct_params, ct_consts, seen = carry
-        undone, ct_params_i, ct_consts_i, seen_i = undo(
+        states, ct_params, ct_consts = carry
+        own, ct_params_i, ct_consts_i = one(
             fold_keys(narrow, index),
             _chunk_of_consts(block, consts, index),
             cut_all(known, index),
             cut_all(states, index),
         )
+        states = put_all(states, own, index)
+        if ct_consts is None:
+            return states, None, None
         ct_consts = tuple(
             add_consts(*each, index)
             for each in zip(ct_consts, ct_consts_i, block.is_per_sample.diff, strict=True)
         )
-        ct_params = jax.tree.map(_add, ct_params, ct_params_i)
-        return put_all(states, undone, index), ct_params, ct_consts, put_all(seen, seen_i, index)
+        return states, jax.tree.map(_add, ct_params, ct_params_i), ct_consts
 
-    ct_params = jax.tree.map(jnp.zeros_like, params.diff)
-    seen = jax.tree.map(jnp.zeros_like, seen)
-    return _loop(count, one_chunk, (states, ct_params, ct_consts, seen))
+    ct_params = None
+    if ct_consts is not None:
+        ct_params = jax.tree.map(jnp.zeros_like, params.diff)
+        if start is not None:
+            ct_params = jax.tree.map(lambda zero: zero + start.astype(zero.dtype), ct_params)
+    return _loop(count, one_chunk, (states, ct_params, ct_consts))
 
 
 def _chunk_of_consts(block: Block, consts: Leaves, index) -> Leaves:

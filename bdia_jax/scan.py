@@ -26,8 +26,17 @@ from bdia_jax._call import (
     compiled_once,
     separate,
 )
+from bdia_jax._loop import scan_blocks
 from bdia_jax._mesh import zeros_like
-from bdia_jax._parts import Cotangents, narrowed, over_batch_chunks, value, value_and_vjp
+from bdia_jax._parts import (
+    Cotangents,
+    branches_value,
+    narrowed,
+    no_aux,
+    over_batch_chunks,
+    value,
+    value_and_vjp,
+)
 from bdia_jax._verify import checksum, nan_by, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
@@ -180,53 +189,74 @@ def forward_scan(
 
     With `probe(n_prev, h, rounding)` its results, stacked, take the place of aux.
     """
-    fixed_point, parts = static.fixed_point, static.verify
+    block, fixed_point, parts = static.block, static.fixed_point, static.verify
 
     def body(carry, inputs):
         n_prev, n = carry
         params_k, gamma_k = inputs
-        x = dequantize(n, fixed_point)
-        h, aux = value(static.block, narrowed(static.block, params_k), x, operands.consts)
         if gamma_k is None:
+            x = dequantize(n, fixed_point)
+            h, aux = value(block, narrowed(block, params_k), x, operands.consts)
             return (n, plain_step(n, h, fixed_point)), (aux, None, None)
-        n_next, side, rounding = step(n_prev, n, h, per_element(gamma_k, n), fixed_point)
-        if probe is not None:
-            aux = probe(n_prev, h, rounding)
+        # while n_prev is whole; its low bits are what `step` calls side
+        packed = pack_bits(n_prev, fixed_point.side_bits)
         sums = checksum(n_prev, fixed_point.side_bits, parts) if parts else None
-        return (n, n_next), (aux, pack_bits(side, fixed_point.side_bits), sums)
+        like = jnp.zeros_like(n, jnp.float32)
+        (n_next, aux, seen), *_ = over_batch_chunks(
+            block,
+            functools.partial(_do, static, probe is not None),
+            params_k,
+            operands.consts,
+            known=(per_element(gamma_k, n), n),
+            states=(n_prev, no_aux(block), (like, Rounding(n, like)) if probe else None),
+        )
+        return (n, n_next), (probe(n_prev, *seen) if probe else aux, packed, sums)
 
     n0 = quantize(operands.x0, fixed_point)
-    last, (aux, *kept) = jax.lax.scan(body, (n0, n0), (operands.params, operands.gamma))
+    last, (aux, *kept) = scan_blocks(body, (n0, n0), (operands.params, operands.gamma))
     return Kept(*last, *kept), aux
+
+
+def _do(static: Static, is_probed: bool, params_k: Leaves, consts: Leaves, known, states):
+    """Block k: (n_{k+1}, aux, what a probe sees) in the place of (n_{k-1}, .., ..)."""
+    (gamma, n), (n_prev, *_) = known, states
+    x = dequantize(n, static.fixed_point)
+    h, aux = branches_value(static.block.branches, params_k, x, consts)
+    n_next, _, rounding = step(n_prev, n, h, gamma, static.fixed_point)
+    return (n_next, aux, (h, rounding) if is_probed else None), None, None
 
 
 # --- backward: every state is rebuilt on the way down ---------------------------------
 
 
 class Known(NamedTuple):
-    """What the reverse scan knows of block k: gamma_k [B or 1], its packed side bits, n_k.
+    """What the reverse scan knows when it comes to block k.
 
-    sums: uint32 [B, parts], the checksums that n_k has to have; None if that is not asked.
+    gamma, gamma_above: gamma_k and gamma_{k+1}, [B or 1, 1, ..]. packed: block k's side bits.
+    n: n_k. ct: the cotangent of x_{k+1}. sums: uint32 [B, parts], the checksums that n_k has to
+    have; None if that is not asked.
     """
 
     gamma: jax.Array
+    gamma_above: jax.Array
     packed: jax.Array
     n: jax.Array
+    ct: jax.Array
     sums: Any
 
 
 class Around(NamedTuple):
-    """What stands around x_k while block k is undone, overwritten in place.
+    """What is overwritten in place as block k is undone.
 
-    n: n_{k+1}, then n_{k-1}. ct: the cotangent of that state: whole, then what is known of it.
-    ct_x: the cotangent of x_k: what is known of it, then whole. sound: bool [B, parts], whether all
-    states above n_k were the forward's, then with n_k; None if that is not asked.
+    n: n_{k+1}, then n_{k-1}. ct: the cotangent of x_{k+2}, then of x_k. sound: bool [B, parts],
+    whether all states above n_k were the forward's, then with n_k; None if that is not asked. seen:
+    anything, then what a probe sees; None without one.
     """
 
     n: jax.Array
     ct: jax.Array
-    ct_x: jax.Array
     sound: Any
+    seen: Any
 
 
 class Seen(NamedTuple):
@@ -254,34 +284,30 @@ def reverse_scan(
         returned, stacked).
     """
     look, probe_inputs = probe or (None, None)
-    batch, parts, side_bits = len(kept.n_last), static.verify, static.fixed_point.side_bits
+    parts, side_bits = static.verify, static.fixed_point.side_bits
 
     def body(carry, inputs):
-        n, around, ct_consts, sums, _ = carry
+        n, ct, gamma_above, around, ct_consts, sums, verdict = carry
         params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
-        if static.block.batch_chunks > 1:
-            gamma_k = jnp.broadcast_to(gamma_k, batch)
-        around, ct_params_k, ct_consts, seen = over_batch_chunks(
+        gamma_k = per_element(gamma_k, n)
+        around, ct_params_k, ct_consts = over_batch_chunks(
             static.block,
             functools.partial(_undo, static, ct_aux_k),
             params_k,
             operands.consts,
-            known=Known(gamma_k, packed_k, n, sums),
-            states=around,
+            known=Known(gamma_k, gamma_above, packed_k, n, ct, sums),
+            states=around._replace(seen=Seen(n, Rounding(n, ct)) if look else None),
             ct_consts=ct_consts,
-            seen=Seen(correction=n, rounding=Rounding(n, around.ct)),
+            start=verdict,
         )
-        if parts and static.block.batch_chunks > 1:  # else XLA holds n twice on a GPU
-            n, around = jax.lax.optimization_barrier((n, around))
-        looked = look and look(probe_inputs_k, around.n, seen)
-        n_prev, ct_prev, ct_x, sound = around
-        verdict = None
+        looked = look and look(probe_inputs_k, around.n, around.seen)
         if parts:
-            verdict = zero_or_nan(sound)
+            verdict = zero_or_nan(around.sound)
             ct_params_k = nan_by(verdict, ct_params_k)
-        failed = None if operands.failures is None else ~sound
-        around = Around(n, ct_x, ct_prev, sound)
-        return (n_prev, around, ct_consts, sums_k, verdict), (ct_params_k, failed, looked)
+        failed = None if operands.failures is None else ~around.sound
+        below = Around(n, ct, around.sound, None)
+        carry = (around.n, around.ct, gamma_k, below, ct_consts, sums_k, verdict)
+        return carry, (ct_params_k, failed, looked)
 
     sums, sound, verdict = None, None, None
     if parts:
@@ -290,45 +316,52 @@ def reverse_scan(
         verdict = zero_or_nan(sound)
     init = (
         kept.n_prev,
-        Around(kept.n_last, ct_x_last, jnp.zeros_like(ct_x_last), sound),
+        ct_x_last,
+        jnp.zeros_like(per_element(operands.gamma[0], kept.n_last)),
+        Around(kept.n_last, jnp.zeros_like(ct_x_last), sound, None),
         jax.tree.map(zeros_like, operands.consts.diff),
         sums,
         verdict,
     )
     inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
-    last, (ct_params, failed, looked) = jax.lax.scan(body, init, inputs, reverse=True)
-    _, before, ct_consts, _, verdict = last
+    last, (ct_params, failed, looked) = scan_blocks(body, init, inputs, reverse=True)
+    _, ct_x0, _, above, ct_consts, _, verdict = last  # undoing block 0 gives no state
     if verdict is not None:
         ct_consts = nan_by(verdict, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
-    return Cotangents(ct_params, before.ct, ct_consts), failed, before.n, looked
+    return Cotangents(ct_params, ct_x0, ct_consts), failed, above.n, looked
 
 
 def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
-    """Block k undone: (around x_k, cotangents of params_k and of consts, what was seen).
+    """Block k undone: (around x_k, cotangents of params_k and of consts).
 
-    With u the cotangent of x_{k+1}: x_{k-1} gets gamma_k u; x_k gets
-    (1 - gamma_k) u + J_h^T (1 + gamma_k) u; params_k and consts get their vjp under
-    (1 + gamma_k) u. The block is evaluated once, for the rebuild and for the vjp.
+    With u_k the cotangent of x_k: it gets gamma_{k+1} u_{k+2} as x_{k-1} of the block above,
+    (1 - gamma_k) u_{k+1} + J_h^T (1 + gamma_k) u_{k+1} from this one; params_k and consts get their
+    vjp under (1 + gamma_k) u_{k+1}. The block is evaluated once, for the rebuild and for the vjp.
     """
-    n, u = known.n, around.ct
-    gamma = per_element(known.gamma, n)
-    h, ct = value_and_vjp(
+    n, gamma, u = known.n, known.gamma, known.ct
+
+    def rebuild(h):
+        side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
+        n_prev, *moved = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
+        return n_prev, Seen(*moved) if around.seen else None
+
+    (n_prev, seen), ct = value_and_vjp(
         static.block.branches,
         params=params_k,
         x=dequantize(n, static.fixed_point),
         consts=consts,
-        ct_h=(1.0 + gamma) * u,
+        scale=1.0 + gamma,
+        ct=u,
         ct_aux=ct_aux_k,
+        use=rebuild,
     )
-    side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
-    n_prev, correction, rounding = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
-    ct_x, sound = around.ct_x + (1.0 - gamma) * u + ct.x, None
+    ct_x, sound = known.gamma_above * around.ct + (1.0 - gamma) * u + ct.x, None
     if static.verify:
         sums = checksum(n, static.fixed_point.side_bits, static.verify)
         sound = around.sound & (sums == known.sums)
         ct_x = nan_unless(per_part(sound, ct_x), ct_x)
-    return Around(n_prev, gamma * u, ct_x, sound), ct.params, ct.consts, Seen(correction, rounding)
+    return Around(n_prev, ct_x, sound, seen), ct.params, ct.consts
 
 
 # --- the two as one function with a derivative ----------------------------------------

@@ -19,7 +19,7 @@ GRAD_TOLERANCE = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 2e-2}
 def bits(x) -> np.ndarray:
     """The bit pattern, so that 0.0 and -0.0 differ and NaN equals itself."""
     x = np.asarray(x)
-    return x.view({2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize])
+    return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize])
 
 
 def assert_same_bits(actual, expected):

@@ -281,17 +281,20 @@ def _reverse(blocks, last: _Operands, ct_states, ct_aux, kept=None):
         ct_params_k, errors = jax.tree.map(jnp.zeros_like, params_k.diff), []
         for i in reversed(range(len(blocks))):
             at = _of_step(coefficients_k, i, x)
-            h, ct = value_and_vjp(
+            undo = functools.partial(_inverse_step, x_next, x, at=_of_step(divisors_k, i, x))
+            x_prev, ct = value_and_vjp(
                 (Branch(blocks[i], 1),),
                 params=params_k,
                 x=x,
                 consts=consts,
-                ct_h=at.c * u,
+                scale=at.c,
+                ct=u,
                 ct_aux=(ct_aux_k[i],),
+                use=undo,
             )
             if kept_k is not None:
                 errors.append(jnp.max(jnp.abs(x - kept_k[i])))
-            x, x_next = _inverse_step(x_next, x, h, _of_step(divisors_k, i, x)), x
+            x, x_next = x_prev, x
             u_here, u = at.a * u, u_here + at.b * u + ct.x
             ct_params_k = jax.tree.map(jnp.add, ct_params_k, ct.params)
             ct_consts = jax.tree.map(jnp.add, ct_consts, ct.consts)

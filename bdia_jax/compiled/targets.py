@@ -20,7 +20,6 @@ import jax
 
 # Autotuning asks the GPU that is not there; cuBLAS is what it would choose for large products.
 _OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-_DOUBLE_BUFFERING = {"xla_gpu_enable_while_loop_double_buffering": True}
 
 
 @dataclass(frozen=True)
@@ -188,20 +187,14 @@ def default_device() -> Any:
     return device
 
 
-def run_options(*, in_chunks: bool, gathers: bool = False) -> dict[str, Any]:
+def run_options() -> dict[str, Any]:
     """XLA's options for a program that trains a reversible stack here; none on a CPU.
 
-    A GPU's loop over blocks then has two of them in its body, and the two states, which change
-    roles from block to block, are not copied for it. A loop over chunks in that body would be
-    doubled too, with all it holds, and so would parameters that are gathered from other devices
-    for a block: there it costs more than it saves.
-
-    Args:
-        in_chunks: whether blocks are evaluated in chunks.
-        gathers: whether parameters are split over devices (fsdp).
+    In half precision XLA would move reshapes from a matrix product to behind an activation, and
+    then compute that in two kernels, where one reads and writes half as much.
     """
-    is_alone = default_device().platform == "gpu" and not in_chunks and not gathers
-    return dict(_DOUBLE_BUFFERING) if is_alone else {}
+    is_gpu = default_device().platform == "gpu"
+    return {"xla_disable_hlo_passes": "reshape-mover"} if is_gpu else {}
 
 
 def compile(lowered: jax.stages.Lowered, **options: Any) -> jax.stages.Compiled:

@@ -53,22 +53,10 @@ def test_a_gradient_is_compiled_for_a_gpu(name):
     assert report.arguments == report.outputs == 8 * KIB
 
 
-@pytest.mark.claim("a loop of two blocks where it pays")
-def test_a_gpu_has_two_blocks_in_a_loop(monkeypatch):
-    monkeypatch.setattr(targets, "default_device", lambda: SimpleNamespace(platform="gpu"))
-    assert targets.run_options(in_chunks=False) == {
-        "xla_gpu_enable_while_loop_double_buffering": True
-    }
-
-
-@pytest.mark.control("a loop of two blocks where it pays")
-@pytest.mark.parametrize(
-    ("platform", "options"),
-    [("cpu", {}), ("gpu", {"in_chunks": True}), ("gpu", {"gathers": True})],
-)
-def test_control_where_it_does_not_pay_there_is_one(monkeypatch, platform, options):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_a_gpu_has_options(monkeypatch, platform):
     monkeypatch.setattr(targets, "default_device", lambda: SimpleNamespace(platform=platform))
-    assert targets.run_options(**{"in_chunks": False} | options) == {}
+    assert bool(targets.run_options()) == (platform == "gpu")
 
 
 def test_the_default_device_is_the_one_compiled_for():

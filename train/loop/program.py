@@ -165,7 +165,7 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
         abstract_state=training.abstract_state,
         abstract_groups=abstract(task.train_groups, task.train_sizes, mesh),
         steps_per_epoch=batches.steps_per_epoch,
-        options=partial(_options, config),
+        options=run_options if config.backprop == "reversible" else dict,
     )
 
 
@@ -191,11 +191,6 @@ def lower_steps(program: Program) -> jax.stages.Lowered:
     """`train_steps` for any count, traced: sizes that do not fit raise here, and nothing is run."""
     count = jax.ShapeDtypeStruct((), jnp.int32)
     return program.train_steps.lower(program.abstract_state, program.abstract_groups, count)
-
-
-def _options(config: Config) -> dict[str, Any]:
-    in_chunks = max(config.batch_chunks, config.token_chunks) > 1
-    return run_options(in_chunks=in_chunks, gathers=config.mesh.fsdp > 1)
 
 
 def compile_steps(program: Program) -> jax.stages.Compiled:
