@@ -343,8 +343,8 @@ def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Kno
 
     def rebuild(h):
         side = unpack_bits(known.packed, static.fixed_point.side_bits, n.shape)
-        n_prev, *moved = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
-        return n_prev, Seen(*moved) if around.seen else None
+        n_prev, correction, rounding = inverse_step(around.n, n, h, gamma, side, static.fixed_point)
+        return n_prev, Seen(correction, rounding) if around.seen else None
 
     (n_prev, seen), ct = value_and_vjp(
         static.block.branches,

@@ -29,10 +29,10 @@ from benchmarks.stack import TOY, Shape
 _CONFIGURATION = r'"(?:force_earliest_schedule|reification_cost|\w*operation_queue\w*)":[^,}]*,?'
 
 
-def llama(shape: Shape, dtype: Any, rngs: nnx.Rngs) -> PreNormBlock:
-    """Rotary attention of shared heads, RMSNorm, SwiGLU."""
+def llama(shape: Shape, dtype: Any, rngs: nnx.Rngs, shared: int = 2) -> PreNormBlock:
+    """Rotary attention, `shared` heads of queries to one of keys; RMSNorm, SwiGLU."""
     sizes = (shape.width, shape.num_heads, shape.mlp_dim)
-    attention = partial(RotaryAttention, num_kv_heads=shape.num_heads // 2)
+    attention = partial(RotaryAttention, num_kv_heads=shape.num_heads // shared)
     parts = {"attention": attention, "mlp": SwiGLU, "norm": nnx.RMSNorm}
     return PreNormBlock(*sizes, dtype=dtype, **parts, rngs=rngs)
 
