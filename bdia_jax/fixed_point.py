@@ -144,13 +144,13 @@ def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:
         num_bits: 1 to 8.
 
     Returns:
-        uint8 [B, ..., num_bits, D / 8], or [B, num_bits, ceil(N / 8)] when flattened.
+        uint8 [B, num_bits, ..., D / 8], or [B, num_bits, ceil(N / 8)] when flattened. (Bits not
+        last but one: a TPU's tiles would pad them there.)
     """
     rows = _as_rows(values)
-    width = rows.shape[-1]
-    lanes = rows.reshape(*rows.shape[:-1], 1, 8, width // 8)
-    planes = _along(-3, num_bits, values.dtype, lanes.ndim)
-    position = _along(-2, 8, values.dtype, lanes.ndim)
+    lanes = rows.reshape(len(rows), 1, *rows.shape[1:-1], 8, rows.shape[-1] // 8)
+    planes = _along(1, num_bits, values.dtype, lanes.ndim)
+    position = _along(lanes.ndim - 2, 8, values.dtype, lanes.ndim)
     bits = ((lanes >> planes) & 1) << position
     return jnp.sum(bits, axis=-2, dtype=values.dtype).astype(jnp.uint8)
 
@@ -158,10 +158,10 @@ def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:
 def unpack_bits(packed: jax.Array, num_bits: int, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `pack_bits`: int32 of the given shape, values from 0 to 2^num_bits - 1."""
     ndim = packed.ndim + 1
-    position = _along(-2, 8, jnp.uint8, ndim)
+    position = _along(ndim - 2, 8, jnp.uint8, ndim)
     bits = ((packed[..., None, :] >> position) & 1).astype(jnp.int32)
-    planes = _along(-3, num_bits, jnp.int32, ndim)
-    lanes = jnp.sum(bits << planes, axis=-3, dtype=jnp.int32)
+    planes = _along(1, num_bits, jnp.int32, ndim)
+    lanes = jnp.sum(bits << planes, axis=1, dtype=jnp.int32)
     rows = lanes.reshape(*lanes.shape[:-2], lanes.shape[-2] * lanes.shape[-1])
     if rows.shape == shape:
         return rows
@@ -171,7 +171,7 @@ def unpack_bits(packed: jax.Array, num_bits: int, shape: tuple[int, ...]) -> jax
 def _along(axis: int, size: int, dtype: Any, ndim: int) -> jax.Array:
     """0 .. size-1 along `axis` of `ndim` axes."""
     return jnp.arange(size, dtype=dtype).reshape(
-        [size if i == axis else 1 for i in range(-ndim, 0)]
+        [size if i == axis else 1 for i in range(ndim)]
     )
 
 

@@ -106,7 +106,7 @@ def set_mesh(model: nnx.Module, mesh: Mesh | None) -> None:
 def state_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """How x [B, T, ..., D] is split: B over data and fsdp, T over sequence.
 
-    So are the stack's integer states, cotangents and packed side bits [K, B, T, ..., bits, D / 8].
+    So are the stack's integer states, cotangents and packed side bits [K, B, bits, T, ..., D / 8].
     A batch that data * fsdp does not divide (the last of an evaluation) is whole on every device.
 
     Raises:

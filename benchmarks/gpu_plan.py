@@ -18,7 +18,7 @@ from bdia_jax.compiled.hlo import read
 from bdia_jax.compiled.traffic import total, work
 from benchmarks import record, vit_memory
 from benchmarks.gpt2_memory import MEDIUM_GPU
-from benchmarks.stack import MIB, TOY, VARIANTS, add_variants, lower_gradient
+from benchmarks.stack import MIB, TOY, VARIANTS, add_variants, lower_gradient, xla_options
 from train.loop.program import lower_steps, make_program
 
 NAMES = ["plain", "remat", "bdia_remat", "revnet", "bdia_guard0", "bdia_guard1"]
@@ -41,17 +41,12 @@ def planned(lowered: jax.stages.Lowered, target: str, **options: Any) -> dict[st
     }
 
 
-def options_of(name: str) -> dict[str, Any]:
-    """XLA's options for a row: each is at its best."""
-    return {} if name in ("plain", "remat") else targets.run_options()
-
-
 def measure(cases: dict[str, Any], target: str) -> dict[str, dict]:
     """A row for each of `name -> () -> Lowered`, with its ratios to "remat"."""
     rows: dict[str, dict] = {}
     for name, lower in cases.items():
         with jax.default_device(targets.devices(target)[0]):
-            rows[name] = planned(lower(), target, **options_of(name))
+            rows[name] = planned(lower(), target, **xla_options(name))
     for name, row in rows.items():
         keys = rows["remat"].keys() - {"of_remat"} if "remat" in rows else ()
         row["of_remat"] = {key: row[key] / rows["remat"][key] for key in sorted(keys)}

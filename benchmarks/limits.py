@@ -88,7 +88,7 @@ def tokens_per_second(
     shape: Shape, compiled: jax.stages.Compiled, depth: int, make: Maker, seconds: float = 2.0
 ) -> float:
     """Of a compiled step, over about so many seconds."""
-    stepper = make_stepper(shape, depth, make, compiled)
+    stepper = make_stepper(shape, depth, make, compiled=compiled)
     steps = max(1, round(seconds / stepper.seconds(1)))
     return shape.batch * shape.tokens / stepper.seconds(steps)
 

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import FloatBDIAStack, MidpointStack, RevStack
+from bdia_jax.compiled.targets import run_options
 from bdia_jax.models.blocks import PreNormBlock
 from bdia_jax.nnx import BDIAStack, Stack
 from benchmarks.alternatives import OffloadStack, ScanStack, TwoLevelStack
@@ -57,6 +59,11 @@ def add_variants(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """With --variants NAME ..., for `variants(args.variants)`."""
     options.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME")
     return options
+
+
+def xla_options(name: str) -> dict[str, Any]:
+    """With which a GPU's program of this way is at its best."""
+    return {} if name in ("plain", "remat") else run_options()
 
 
 def color(name: str) -> str:

@@ -24,16 +24,23 @@ from benchmarks.stack import MIB, Maker, Shape
 TOY_NAMES = ["remat", "bdia_guard1"]
 
 
-def make_stepper(shape: Shape, depth: int, variant: Maker, compiled: Any = None) -> Stepper:
+def make_stepper(
+    shape: Shape,
+    depth: int,
+    variant: Maker,
+    options: dict[str, Any] | None = None,
+    compiled: Any = None,
+) -> Stepper:
     """A step that ran once.
 
     Args:
         shape, depth, variant: of the stack.
+        options: of XLA.
         compiled: `lower_step(shape, depth, variant).compile()`, if it has been made already.
     """
     _, params, rest = nnx.split(stack.make_stack(shape, depth, variant), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (shape.batch, shape.tokens, shape.width))
-    step = compiled or stack.lower_step(shape, depth, variant).compile()
+    step = compiled or stack.lower_step(shape, depth, variant).compile(compiler_options=options)
     stepper = Stepper(step, params, rest, x, jax.random.key(2))
     stepper.seconds(1)
     return stepper
@@ -45,7 +52,8 @@ def measure(
     """Per variant the seconds of every round and what follows; None if it is out of memory."""
     steppers: dict[str, Stepper] = {}
     for name, make in makers.items():
-        if stepper := unless_too_large(partial(make_stepper, shape, depth, make)):
+        options = stack.xla_options(name)
+        if stepper := unless_too_large(partial(make_stepper, shape, depth, make, options)):
             steppers[name] = stepper
         else:
             print(f"{name:12s} out of memory")

@@ -21,7 +21,7 @@ from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stac
 pytestmark = pytest.mark.usefixtures("quick_compile")
 IN_ALL = [module.__name__.split(".")[-1] for module in all_benchmarks.RUNS]
 ALONE = ["rebuild_error", "gpt2_memory", "deep"]
-ALONE += ["communication", "soak", "verification", "plan", "context"]
+ALONE += ["communication", "soak", "verification", "plan", "context", "gpu_run"]
 DRAWN = {"memory", "step_time", "limits", "compile_time", "rebuild_error", "deep"}
 
 

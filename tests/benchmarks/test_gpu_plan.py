@@ -12,7 +12,7 @@ from bdia_jax.compiled.traffic import work
 from bdia_jax.nnx import BDIAStack
 from benchmarks import gpu_plan
 from benchmarks.gpt2_memory import MEDIUM_GPU
-from benchmarks.stack import VARIANTS, lower_gradient
+from benchmarks.stack import VARIANTS, lower_gradient, xla_options
 
 pytestmark = pytest.mark.full
 
@@ -30,7 +30,7 @@ def row(name: str) -> dict:
     """GPT-2 medium's gradient, trained so."""
     with jax.default_device(targets.devices("h100")[0]):
         lowered = lower_gradient(MEDIUM_GPU, 24, VARIANTS[name])
-        return gpu_plan.planned(lowered, "h100", **gpu_plan.options_of(name))
+        return gpu_plan.planned(lowered, "h100", **xla_options(name))
 
 
 @pytest.mark.claim("a GPU's program is lean")
@@ -88,5 +88,5 @@ def test_control_a_loop_of_one_block_copies_them(monkeypatch):
 def test_the_papers_vit_in_bfloat16_is_compiled_with_its_odd_number_of_tokens():
     with jax.default_device(targets.devices("h100")[0]):
         lowered = gpu_plan.lower_vit("bdia", {"model": {"dtype": "bfloat16"}})
-        found = gpu_plan.planned(lowered, "h100", **gpu_plan.options_of("bdia"))
+        found = gpu_plan.planned(lowered, "h100", **xla_options("bdia"))
     assert found["total_bytes"] < 0.29 * 1423 * 2**20  # of the plain one

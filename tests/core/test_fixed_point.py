@@ -139,7 +139,7 @@ def test_packing_one_bit_too_few_loses_something():
 
 
 def test_packed_bits_are_laid_out_like_the_state_where_eight_divides_its_width():
-    assert pack_bits(jnp.zeros((4, 6, 16), jnp.int32), 3).shape == (4, 6, 3, 2)
+    assert pack_bits(jnp.zeros((4, 6, 16), jnp.int32), 3).shape == (4, 3, 6, 2)
     assert pack_bits(jnp.zeros((4, 6, 5), jnp.int32), 3).shape == (4, 3, 4)
 
 
