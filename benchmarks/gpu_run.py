@@ -89,7 +89,7 @@ def main(argv: list[str]) -> dict:
             continue
         rows[name] = row = json.loads(done.stdout.splitlines()[-1])
         print(_line(name, row), flush=True)
-    config = dict(zip(("shape", "depth", "rounds"), sizes(args), strict=True))
+    config: dict[str, Any] = dict(zip(("shape", "depth", "rounds"), sizes(args), strict=True))
     record.write("gpu_run", rows, config, argv=argv, args=args)
     return rows
 
