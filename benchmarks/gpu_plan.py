@@ -16,13 +16,18 @@ from bdia_jax import memory_report
 from bdia_jax.compiled import targets
 from bdia_jax.compiled.hlo import read
 from bdia_jax.compiled.traffic import total, work
+from bdia_jax.nnx import BDIAStack
 from benchmarks import record, vit_memory
 from benchmarks.gpt2_memory import MEDIUM_GPU
 from benchmarks.stack import MIB, TOY, VARIANTS, add_variants, lower_gradient, xla_options
 from train.loop.program import lower_steps, make_program
 
 NAMES = ["plain", "remat", "bdia_remat", "revnet", "bdia_guard0", "bdia_guard1"]
-NAMES += ["bdia_chunked", "bdia_lean"]
+NAMES += ["bdia_by_branch", "bdia_halves", "bdia_chunked", "bdia_lean"]
+WAYS = VARIANTS | {
+    "bdia_by_branch": partial(BDIAStack, by_branch=True),
+    "bdia_halves": partial(BDIAStack, batch_chunks=2),
+}
 VIT_NAMES = ["plain", "remat", "revnet", "bdia", "bdia_chunked", "bdia_lean"]
 
 
@@ -86,7 +91,7 @@ def main(argv: list[str]) -> dict:
     variants = args.variants or (["remat", "bdia_chunked"] if args.toy else NAMES)
     vits = ["remat", "bdia"] if args.toy else VIT_NAMES
     parts: dict[str, dict[str, Any]] = {
-        "stack": {name: partial(lower_gradient, shape, depth, VARIANTS[name]) for name in variants},
+        "stack": {name: partial(lower_gradient, shape, depth, WAYS[name]) for name in variants},
         "vit": {name: partial(lower_vit, name, changes) for name in vits},
     }
     results = {}

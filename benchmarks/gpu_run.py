@@ -23,12 +23,11 @@ from bdia_jax.compiled.traffic import total, work
 from bdia_jax.nnx import BDIAStack
 from benchmarks import record
 from benchmarks.gpt2_memory import MEDIUM_GPU
-from benchmarks.gpu_plan import NAMES
+from benchmarks.gpu_plan import NAMES, WAYS
 from benchmarks.measure import audit_row
 from benchmarks.stack import (
     MIB,
     TOY,
-    VARIANTS,
     Shape,
     add_variants,
     lower_step,
@@ -46,7 +45,7 @@ def sizes(args: argparse.Namespace) -> tuple[Shape, int, int]:
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One way: bytes and seconds as planned and as measured; an audit where states are rebuilt."""
     shape, depth, rounds = sizes(args)
-    make, device = VARIANTS[name], jax.devices()[0]
+    make, device = WAYS[name], jax.devices()[0]
     compiled = lower_step(shape, depth, make).compile(compiler_options=xla_options(name))
     report = memory_report(compiled)
     stepper = make_stepper(shape, depth, make, compiled=compiled)

@@ -14,14 +14,14 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import all as all_benchmarks
-from benchmarks import compile_time, digits, drift, limits, memory, record
+from benchmarks import compile_time, digits, drift, gpu_run, limits, memory, record
 from benchmarks.flops import model_flops, peak_flops
 from benchmarks.stack import LABELS, TOY, VARIANTS, Shape, lower_step, make_stack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 IN_ALL = [module.__name__.split(".")[-1] for module in all_benchmarks.RUNS]
 ALONE = ["rebuild_error", "gpt2_memory", "deep"]
-ALONE += ["communication", "soak", "verification", "plan", "context", "gpu_run"]
+ALONE += ["communication", "soak", "verification", "plan", "context"]
 DRAWN = {"memory", "step_time", "limits", "compile_time", "rebuild_error", "deep"}
 
 
@@ -112,6 +112,14 @@ def test_only_reversible_blocks_keep_side_bits():
     bits = TOY.batch * TOY.tokens * TOY.width
     for name, each in {"bdia_guard0": 1, "bdia_guard1": 2, "bdia_lean": 2}.items():
         assert memory.side_bytes(name, TOY)["packed_bytes_per_block"] == each * bits / 8, name
+
+
+@pytest.mark.full
+def test_what_is_planned_for_a_gpu_runs_where_we_are(tmp_path, quick_processes):
+    (row,) = gpu_run.main(["--toy", "--out", str(tmp_path)]).values()
+    assert row["audit"]["exact"] and row["planned_bytes"] > row["temp_bytes"] > 0
+    assert len(row["all_seconds"]) == 2 and row["seconds"] > 0
+    assert (row["measured_bytes"] is None) == (jax.default_backend() == "cpu")
 
 
 @pytest.mark.full
