@@ -115,7 +115,7 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
     first_ok = given[0] == 0
     rest_ok = numpy.isfinite(given[1:])
     if reversible_format is not None:
-        rest_ok = numpy.abs(given[1:]) == 2.0**-reversible_format.gamma_bits
+        rest_ok = reversible_format.reverses(given[1:])
     gamma = jax.lax.stop_gradient(jnp.asarray(gamma).astype(jnp.float32))
     if isinstance(given, Tracer):
         return jnp.where(jnp.all(first_ok) & jnp.all(rest_ok), gamma, jnp.nan)
@@ -128,12 +128,12 @@ def check_gamma(gamma, depth: int, batch: int, reversible_format: FixedPoint | N
         bad = given[1:][~rest_ok][0]
         if reversible_format is None:
             raise ValueError(f"gamma contains {bad}, expected finite numbers; use sample_gamma")
-        p = reversible_format.gamma_bits
         raise ValueError(
-            f"gamma contains {bad}, but backprop='reversible' with gamma_bits={p} needs "
-            f"+-{2.0**-p} in every row after the first; use sample_gamma(..., magnitude="
-            f"{2.0**-p}), FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' "
-            "or 'remat' for any other"
+            f"gamma contains {bad}, but backprop='reversible' with "
+            f"{_needed(reversible_format, '+-')} in every row after the first; use "
+            f"sample_gamma(..., magnitude={2.0**-reversible_format.gamma_bits}), "
+            "FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' or "
+            "'remat' for any other"
         )
     return gamma
 
@@ -162,17 +162,30 @@ def check_verify(verify, failures, depth: int, x0, backprop: str) -> int:
     return parts
 
 
-def check_magnitude(magnitude: float, fixed_point, backprop: str) -> None:
+def check_magnitude(magnitude: Any, fixed_point, backprop: str) -> None:
     """For stacks, which know |gamma| before tracing. 0 stands for gamma None."""
     check_choices(fixed_point, backprop)
-    if backprop != "reversible" or magnitude in (0, 2.0**-fixed_point.gamma_bits):
+    if backprop != "reversible" or isinstance(magnitude, Tracer) or is_zero(magnitude):
         return
-    p = fixed_point.gamma_bits
+    values = np.asarray(magnitude, np.float32)
+    if fixed_point.reverses(values[1:] if values.ndim else values).all():
+        return
     raise ValueError(
-        f"magnitude is {magnitude}, but backprop='reversible' with gamma_bits={p} needs "
-        f"{2.0**-p}; use FixedPoint(gamma_bits=p) for magnitude 2^-p, or backprop='store' or "
-        "'remat' for any other"
+        f"magnitude is {magnitude}, but backprop='reversible' with "
+        f"{_needed(fixed_point)}; use FixedPoint(gamma_bits=p) for magnitude 2^-p, "
+        "or backprop='store' or 'remat' for any other"
     )
+
+
+def is_zero(magnitude: Any) -> bool:
+    """Whether a stack's magnitude is the number 0: no gamma is drawn."""
+    return isinstance(magnitude, (int, float)) and magnitude == 0
+
+
+def _needed(fixed_point: FixedPoint, sign: str = "") -> str:
+    p = fixed_point.gamma_bits
+    greater = f" (or {sign}{2.0 ** (1 - p)}, .. {sign}0.5)" if p > 1 else ""
+    return f"gamma_bits={p} needs {sign}{2.0**-p}{greater}"
 
 
 def check_chunks(functions: int, x0, batch_chunks, token_chunks) -> tuple[int, ...]:

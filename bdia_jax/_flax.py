@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdia_jax._checks import check_count, check_magnitude
+from bdia_jax._checks import check_count, check_magnitude, is_zero
 from bdia_jax.audit import Audit
 from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.recurrence import sample_gamma
@@ -171,7 +171,7 @@ def draw_gamma(
     inference_gamma = check_inference_gamma(stack.inference_gamma)
     if not deterministic:
         gamma = None
-        if stack.magnitude != 0:
+        if not is_zero(stack.magnitude):
             gamma = sample_gamma(key(), stack.depth, batch_size, stack.magnitude)
         return Draw(gamma, stack.backprop)
     if inference_gamma == 0:

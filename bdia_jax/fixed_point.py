@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # A state that is not a number, or does not fit. int32 has one value more below zero
 # than above; it marks such elements, so that they come back as NaN and never as an
@@ -28,8 +29,8 @@ class FixedPoint:
             forward's and the backward's evaluation of a block. The rebuild is exact
             while the value before rounding moves by less than `drift_bound` quanta. 0 is
             the paper's format: exact only if no rounding flips.
-        gamma_bits: p in gamma = +-2^-p; 1 is the paper's +-1/2 (eq. 20), 2 is +-1/4
-            (Remark 2), 3 is +-1/8.
+        gamma_bits: of the smallest |gamma|, 2^-gamma_bits. 1 is the paper's 1/2 (eq. 20), 2 takes
+            1/4 too (Remark 2), 3 takes 1/8. A larger gamma then has more guard bits.
 
     Raises:
         ValueError: a field out of range, or gamma_bits + guard_bits above 8.
@@ -63,6 +64,12 @@ class FixedPoint:
     def limit(self) -> float:
         """|x| that a state cannot reach, 2^(31-l): what does is NaN."""
         return 2.0 ** (31 - self.frac_bits)
+
+    def reverses(self, gamma: Any) -> Any:
+        """Where |gamma| is 2^-p, p from 1 to gamma_bits: bools, of a NumPy array NumPy's."""
+        numpy: Any = jnp if isinstance(gamma, jax.Array) else np
+        powers = np.float32(2) ** -np.arange(1, self.gamma_bits + 1)
+        return numpy.any(numpy.abs(gamma)[..., None] == powers.astype(np.float32), axis=-1)
 
     def narrow(self, largest: float) -> str:
         """What to say of states that reach `largest`; "" with room for eight times as much."""
@@ -170,9 +177,7 @@ def unpack_bits(packed: jax.Array, num_bits: int, shape: tuple[int, ...]) -> jax
 
 def _along(axis: int, size: int, dtype: Any, ndim: int) -> jax.Array:
     """0 .. size-1 along `axis` of `ndim` axes."""
-    return jnp.arange(size, dtype=dtype).reshape(
-        [size if i == axis else 1 for i in range(ndim)]
-    )
+    return jnp.arange(size, dtype=dtype).reshape([size if i == axis else 1 for i in range(ndim)])
 
 
 def _as_rows(values: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """BDIAStack for Flax Linen: K copies of any user block, trained reversibly."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,8 @@ class BDIAStack(nn.Module):
             to x (so without the residual itself), or (h, aux) with `has_aux`. x arrives in
             float32, or in `dtype`. It is a template: every block has parameters of its own.
         depth: K, the number of blocks.
-        magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
-            0 for the plain stack.
+        magnitude: |gamma| in training, a number or one for each block; to be reversible 1/2, 1/4
+            and so on down to 2^-fixed_point.gamma_bits, 0 for the plain stack.
         fixed_point, backprop, has_aux: as in `bdia_scan`.
         inference_gamma, verify, mesh: as in `bdia_jax.nnx.BDIAStack`.
         by_branch, batch_chunks, token_chunks: to hold less than a block's backward pass at a
@@ -93,7 +93,7 @@ class BDIAStack(nn.Module):
 
     block: nn.Module
     depth: int
-    magnitude: float = 0.5
+    magnitude: float | Sequence[float] = 0.5
     fixed_point: FixedPoint | None = FixedPoint()
     backprop: str = "reversible"
     has_aux: bool = False

@@ -1,6 +1,6 @@
 """BDIAStack for Flax NNX: K copies of any user block, trained reversibly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,8 +57,9 @@ class BDIAStack(Stack):
         depth: K, the number of blocks.
         rngs: initializes the blocks, one key a block, and seeds the stack's own streams
             "gamma" and "dropout".
-        magnitude: |gamma| in training; 2^-fixed_point.gamma_bits to be reversible,
-            0 for the plain stack.
+        magnitude: |gamma| in training, a number or one for each block; to be reversible 1/2, 1/4
+            and so on down to 2^-fixed_point.gamma_bits, 0 for the plain stack. May be set later
+            too (`stack.magnitude = 0.25`), under jit to a traced number: a schedule compiles once.
         fixed_point, backprop, has_aux: as in `bdia_scan`; the first two may be set later too
             (`stack.backprop = "store"`).
         by_branch, batch_chunks, token_chunks: evaluate less than a block at a time, to hold
@@ -136,7 +137,7 @@ class BDIAStack(Stack):
         depth: int,
         *,
         rngs: nnx.Rngs,
-        magnitude: float = 0.5,
+        magnitude: float | Sequence[float] = 0.5,
         fixed_point: FixedPoint | None = FixedPoint(),
         backprop: str = "reversible",
         has_aux: bool = False,
@@ -150,7 +151,7 @@ class BDIAStack(Stack):
     ):
         options = {"backprop": backprop, "has_aux": has_aux, "dtype": dtype, "mesh": mesh}
         super().__init__(make_block, depth, rngs=rngs, **options)
-        self.magnitude = magnitude
+        self.magnitude = tuple(magnitude) if isinstance(magnitude, Sequence) else magnitude
         self.fixed_point = fixed_point
         self.by_branch = by_branch
         self.batch_chunks = batch_chunks

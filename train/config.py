@@ -213,7 +213,7 @@ class Config:
         if self.backprop == "reversible" and not is_reversible:
             raise ValueError(
                 f"backprop='reversible' with gamma={self.gamma} and quantize={self.quantize}: it "
-                "needs gamma 0.5, 0.25 or 0.125 and quantize=True; "
+                "needs gamma 0.5, 0.25, .. or 0.0078125, a power of 1/2, and quantize=True; "
                 "take --config.backprop=store or remat"
             )
         self.model.check(self)
@@ -255,4 +255,4 @@ class Config:
 
 
 def _is_power(gamma: float) -> bool:
-    return gamma > 0 and math.log2(gamma) in (-1, -2, -3)
+    return gamma > 0 and math.log2(gamma) in range(-7, 0)

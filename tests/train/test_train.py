@@ -235,6 +235,7 @@ def test_sizes_that_do_not_fit_leave_no_workdir(tmp_path, data_dir, changes, mes
         ({"backprop": "magic"}, "backprop is 'magic'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"gamma": 0.6}, "gamma=0.6"),
+        ({"gamma": 2.0**-8}, "gamma=0.00390625 .* needs gamma 0.5, 0.25, .. or 0.0078125"),
         ({"quantize": False}, "quantize=False"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"warmup_steps": -5}, "warmup_steps is -5, expected at least 0"),
@@ -257,6 +258,12 @@ def test_sizes_that_do_not_fit_leave_no_workdir(tmp_path, data_dir, changes, mes
 def test_bad_values_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny("", **changes)
+
+
+@pytest.mark.parametrize("gamma_bits", range(1, 8))
+def test_gamma_says_how_many_bits_are_kept(gamma_bits):
+    stack = tiny("", gamma=2.0**-gamma_bits).model_arguments["stack"]
+    assert stack.keywords["fixed_point"].gamma_bits == gamma_bits
 
 
 @pytest.mark.parametrize("part", [{"by_branch": True}, {"batch_chunks": 2}, {"token_chunks": 2}])
