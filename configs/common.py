@@ -25,7 +25,8 @@ def defaults() -> Any:  # a ConfigDict, whose fields no type knows
 
     config.init_from = ""
     config.lora = dict(rank=0, alpha=32.0, dropout_rate=0.0)
-    config.update(stack="bdia", gamma=0.5, quantize=True, frac_bits=9, guard_bits=1)
+    config.update(stack="bdia", gamma=0.5, gamma_changes=())
+    config.update(quantize=True, frac_bits=9, guard_bits=1)
     config.update(backprop="reversible", by_branch=False, batch_chunks=1, token_chunks=1)
     config.mesh = dict(data=1, fsdp=1, tensor=1, sequence=1)
 

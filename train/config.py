@@ -15,7 +15,18 @@ from pydantic import Field
 from bdia_jax import FixedPoint
 from bdia_jax.baselines import MidpointStack, RevStack
 from bdia_jax.nnx import BDIAStack
-from train.fields import Amount, Count, Float, Int, NotNegative, Positive, Share, Text, checked
+from train.fields import (
+    LIST,
+    Amount,
+    Count,
+    Float,
+    Int,
+    NotNegative,
+    Positive,
+    Share,
+    Text,
+    checked,
+)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
@@ -143,7 +154,8 @@ class Config:
     eval_split TFDS splits. init_from is a Hugging Face folder to start from, "" for random
     parameters; its architecture then takes the place of the config's. lora trains adapters only.
     stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma| in training, 0 for the
-    plain transformer; quantize=False keeps floating-point states; guard_bits=-1 takes what an audit
+    plain transformer; gamma_changes ((steps, gamma), ..) is what it becomes after so many steps;
+    quantize=False keeps floating-point states; guard_bits=-1 takes what an audit
     before the first step asks for; by_branch, batch_chunks and token_chunks make the backward pass
     of a block smaller (`BDIAStack`). mesh says over how many devices what is split. schedule is
     what follows warmup_steps. A step whose loss or gradient is not finite ends the run if
@@ -166,6 +178,7 @@ class Config:
     lora: LoRAConfig
     stack: Literal["bdia", "revnet", "midpoint"]
     gamma: Share
+    gamma_changes: Annotated[tuple[Annotated[tuple[Count, Share], LIST], ...], LIST]
     quantize: bool
     frac_bits: Int
     guard_bits: Annotated[Int, Field(ge=-1, le=7)]
@@ -200,6 +213,11 @@ class Config:
                 f"batch_chunks {self.batch_chunks} does not divide batch_size {self.batch_size}; "
                 "take a divisor of it, or another batch_size"
             )
+        steps = [step for step, _ in self.gamma_changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(
+                f"gamma_changes is {self.gamma_changes}, expected (steps, gamma) with rising steps"
+            )
         is_baseline = self.stack != "bdia"
         if is_baseline and (self.quantize or self.gamma or self.backprop == "remat"):
             raise ValueError(
@@ -209,10 +227,16 @@ class Config:
             )
         if is_baseline and self.parts:
             raise ValueError(f"stack={self.stack!r} with {self.parts}: only stack='bdia' has them")
-        is_reversible = is_baseline or (self.quantize and _is_power(self.gamma))
-        if self.backprop == "reversible" and not is_reversible:
+        if is_baseline and self.gamma_changes:
             raise ValueError(
-                f"backprop='reversible' with gamma={self.gamma} and quantize={self.quantize}: it "
+                f"stack={self.stack!r} with gamma_changes={self.gamma_changes}: only stack='bdia' "
+                "has a gamma"
+            )
+        is_reversible = is_baseline or (self.quantize and all(map(_is_power, self.gammas)))
+        if self.backprop == "reversible" and not is_reversible:
+            gammas = ", ".join(map(str, self.gammas))
+            raise ValueError(
+                f"backprop='reversible' with gamma={gammas} and quantize={self.quantize}: it "
                 "needs gamma 0.5, 0.25, .. or 0.0078125, a power of 1/2, and quantize=True; "
                 "take --config.backprop=store or remat"
             )
@@ -228,6 +252,11 @@ class Config:
             f"by_branch={self.by_branch}, batch_chunks={self.batch_chunks}, "
             f"token_chunks={self.token_chunks} (set False, 1 and 1)"
         )
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """All that |gamma| ever is."""
+        return (self.gamma, *(gamma for _, gamma in self.gamma_changes))
 
     @property
     def chooses_guard_bits(self) -> bool:
@@ -246,7 +275,8 @@ class Config:
             return partial(_STACKS[self.stack], backprop=self.backprop)
         fixed_point = None
         if self.quantize:
-            gamma_bits = round(-math.log2(self.gamma)) if _is_power(self.gamma) else 1
+            powers = [gamma for gamma in self.gammas if _is_power(gamma)]
+            gamma_bits = max((round(-math.log2(gamma)) for gamma in powers), default=1)
             guard_bits = 1 if self.guard_bits == -1 else self.guard_bits  # 1 until chosen
             fixed_point = FixedPoint(self.frac_bits, guard_bits, gamma_bits)
         names = ("backprop", "by_branch", "batch_chunks", "token_chunks")

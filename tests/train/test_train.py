@@ -23,6 +23,7 @@ from train.loop.train import train
 from train.tasks import open_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+FALLING = ((2, 0.25), (4, 2.0**-7))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,12 @@ def test_run_leaves_records_curve_and_checkpoints(straight):
 
 @pytest.mark.claim("resume is bit-equal")
 @pytest.mark.control("resume is bit-equal")
-def test_stop_and_resume_equals_straight_through(straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "gamma_changes", [(), pytest.param(FALLING, marks=pytest.mark.full)], ids=["", "gamma_changes"]
+)
+def test_stop_and_resume_equals_straight_through(
+    straight, data_dir, tmp_path, monkeypatch, gamma_changes
+):
     """Killed after step 4, before it is saved: the checkpoint is of step 2, the last bits equal."""
 
     class Killed(Exception):
@@ -59,15 +65,20 @@ def test_stop_and_resume_equals_straight_through(straight, tmp_path, monkeypatch
             raise Killed
 
     expected, config = straight
-    log_train = program.Log.train
+    if gamma_changes:
+        expected, config = tmp_path / "straight", tiny(data_dir, gamma_changes=gamma_changes)
+        train(config, str(expected))
+        (first, *_, last), (same, *_, other) = losses(expected), losses(straight[0])
+        assert first == same and last != other
+    log_train, workdir = program.Log.train, tmp_path / "run"
     monkeypatch.setattr(program.Log, "train", dies)
     with pytest.raises(Killed):
-        train(config, str(tmp_path))
+        train(config, str(workdir))
     monkeypatch.undo()
-    interrupted = saved_bits(tmp_path, 2)
-    train(config, str(tmp_path))
-    assert saved_bits(tmp_path, 6) == saved_bits(expected, 6) != interrupted
-    assert losses(tmp_path) == losses(expected)
+    interrupted = saved_bits(workdir, 2)
+    train(config, str(workdir))
+    assert saved_bits(workdir, 6) == saved_bits(expected, 6) != interrupted
+    assert losses(workdir) == losses(expected)
 
 
 @pytest.mark.full
@@ -256,6 +267,20 @@ def test_sizes_that_do_not_fit_leave_no_workdir(tmp_path, data_dir, changes, mes
     ],
 )
 def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma_changes": ((4, 0.25), (2, 0.5))}, "expected .steps, gamma. with rising steps"),
+        ({"gamma_changes": ((4, 0.3),)}, "gamma=0.5, 0.3 .* a power of 1/2"),
+        ({"gamma_changes": ((0, 0.25),)}, "gamma_changes.0.0 is 0, expected at least 1"),
+        ({"gamma_changes": FALLING, "stack": "revnet", "gamma": 0.0, "quantize": False}, "only"),
+    ],
+)
+def test_changes_of_gamma_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny("", **changes)
 

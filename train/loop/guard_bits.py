@@ -13,6 +13,7 @@ from bdia_jax.nnx import BDIAStack
 from train.config import Config
 from train.devices.mesh import open_mesh
 from train.devices.shards import place
+from train.loop.gamma import gamma_at, set_gamma, stacks_of
 from train.loop.rebuild import Failure
 from train.loop.step_inputs import StepInputs
 from train.tasks.task import Task
@@ -39,7 +40,8 @@ def choose(
     Raises:
         ValueError: no number of guard bits is enough for a stack.
     """
-    inputs, stacks = stack_inputs(config, task, model, step), _stacks(model)
+    set_gamma(model, float(gamma_at(config, step)))
+    inputs, stacks = stack_inputs(config, task, model, step), stacks_of(model)
     counts = [
         _audited_examples(inputs[path][0], stack, config.batch_chunks)
         for path, stack in stacks.items()
@@ -79,7 +81,7 @@ def with_guard_bits(task: Task, guard_bits: int) -> Task:
 
     def make_model(rngs: nnx.Rngs) -> nnx.Module:
         model = task.make_model(rngs)
-        for stack in _stacks(model).values():
+        for stack in stacks_of(model).values():
             stack.fixed_point = dataclasses.replace(stack.fixed_point, guard_bits=guard_bits)
         return model
 
@@ -98,7 +100,7 @@ def mend(config: Config, task: Task, models: list[Any], failure: Failure) -> dic
     """
     model = models[failure.seed]
     config = dataclasses.replace(config, seed=config.seed + failure.seed)
-    formats = [stack.fixed_point for stack in _stacks(model).values()]
+    formats = [stack.fixed_point for stack in stacks_of(model).values()]
     guard_bits = 1 + max(each.guard_bits for each in formats)
     most = 8 - max(each.gamma_bits for each in formats)
     remedy = "lower frac_bits, or take backprop=remat, in a new --workdir"
@@ -128,7 +130,7 @@ def stack_inputs(
     def record(state, examples):
         copy = nnx.merge(graphdef, state)
         copy.train()
-        stacks = _stacks(copy)
+        stacks = stacks_of(copy)
         for stack in stacks.values():
             stack.__class__ = _Recorded
         batch, key = inputs.drawn(jnp.int32(config.seed), step, examples)
@@ -136,12 +138,7 @@ def stack_inputs(
         task.metrics(copy, batch, nnx.Rngs(key))
         return [stack.inputs for stack in stacks.values()]
 
-    return dict(zip(_stacks(model), record(state, examples), strict=True))
-
-
-def _stacks(model: Any) -> dict[Any, Any]:
-    """Path -> stack."""
-    return {path: each for path, each in nnx.iter_modules(model) if isinstance(each, BDIAStack)}
+    return dict(zip(stacks_of(model), record(state, examples), strict=True))
 
 
 class _Recorded(BDIAStack):

@@ -17,6 +17,7 @@ from train.devices.mesh import check_shares, open_mesh
 from train.devices.shards import abstract, place
 from train.devices.totals import group_totals
 from train.loop import non_finite
+from train.loop.gamma import gamma_at, set_gamma
 from train.loop.non_finite import Note
 from train.loop.optimizer import make_schedule
 from train.loop.rebuild import Failure, counted, zero_counts
@@ -79,6 +80,8 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
         def loss_fn(params, counts):
             model = training.merge(state | {"params": params})
             model.train()
+            if config.gamma_changes:
+                set_gamma(model, gamma_at(config, step))
             with counted(model, counts):
                 metrics = _ratios(task.metrics(model, batch, nnx.Rngs(key)))
             return metrics["loss"], (metrics, training.stats(model))
@@ -93,6 +96,8 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
         operands = (state, step, groups, epoch, position)
         grads, counts, metrics, stats = jax.lax.switch(group, branches, *operands)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
+        if config.gamma_changes:
+            metrics["gamma"] = gamma_at(config, step)
         return (grads, stats), metrics, non_finite.norms(grads), counts
 
     def update_step(state: State, grads: Any, stats: Any) -> State:
