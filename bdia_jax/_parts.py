@@ -49,8 +49,7 @@ def value(block: Block, params: Leaves, x: jax.Array, consts: Leaves) -> tuple[j
 
 def no_aux(block: Block) -> Leaves:
     """The aux of a block that has none."""
-    nothing = tuple(() for _ in block.branches)
-    return Leaves(nothing, nothing)
+    return Leaves(((),) * len(block.branches), ((),) * len(block.branches))
 
 
 def value_and_vjp(
@@ -79,8 +78,8 @@ def value_and_vjp(
     def use_sum(r):
         return use(reduce(jnp.add, [*rs, r]))
 
-    last = (branches[-1], params, ys.pop(), consts)
-    used, found = _branch_vjp(*last, scale, ct, ct_aux[-1], use_sum)
+    y = ys.pop()
+    used, found = _branch_vjp(branches[-1], params, y, consts, scale, ct, ct_aux[-1], use_sum)
     for branch, ct_aux_i in zip(branches[-2::-1], ct_aux[-2::-1], strict=True):
         y = _after(found.x, ys.pop())
         _, more = _branch_vjp(branch, params, y, consts, 1.0, scale * ct + found.x, ct_aux_i)
@@ -208,10 +207,7 @@ def over_batch_chunks(
         return states, ct_params, ct_consts
 
     def cut_all(tree, index):
-        def cut_one(array):
-            return array if len(array) == 1 else cut(array, index, count, BATCH)
-
-        return jax.tree.map(cut_one, tree)
+        return jax.tree.map(lambda a: a if len(a) == 1 else cut(a, index, count, BATCH), tree)
 
     def put_all(tree, chunk, index):
         return jax.tree.map(lambda array, own: put(array, own, index, BATCH), tree, chunk)
@@ -238,7 +234,8 @@ def over_batch_chunks(
             add_consts(*each, index)
             for each in zip(ct_consts, ct_consts_i, block.is_per_sample.diff, strict=True)
         )
-        return states, jax.tree.map(_add, ct_params, ct_params_i), ct_consts
+        ct_params = jax.tree.map(lambda a, own: a + own.astype(a.dtype), ct_params, ct_params_i)
+        return states, ct_params, ct_consts
 
     ct_params = None
     if ct_consts is not None:
@@ -255,10 +252,6 @@ def _chunk_of_consts(block: Block, consts: Leaves, index) -> Leaves:
         return cut(leaf, index, block.batch_chunks, BATCH) if is_per_sample else shared
 
     return jax.tree.map(choose, block.is_per_sample, consts, fold_keys(consts, index))
-
-
-def _add(total: jax.Array, one: jax.Array) -> jax.Array:
-    return total + one.astype(total.dtype)
 
 
 # --- chunks of an array ------------------------------------------------------------------

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     ["fixed_point", "_jaxprs", "_mesh", "compiled"],
     ["recurrence", "_checks", "_derivatives", "rounding", "_recompute", "_verify"],
-    ["_block", "_parts", "_autodiff", "_call"],
+    ["_block", "_loop", "_parts", "_autodiff", "_call"],
     ["scan", "memory", "losses", "optim"],
     ["audit", "remat"],
     ["_constructor", "_flax", "_stack", "_linen", "sharding"],

@@ -68,6 +68,7 @@ def test_control_bits_of_another_gamma_do_not_rebuild_it():
     assert (rebuilt != n_prev).any()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["2^-7", "blocks", "mixed"])
 def test_values_and_gradients_are_those_of_store(name):
     fixed_point = FixedPoint(gamma_bits=7)
@@ -77,6 +78,7 @@ def test_values_and_gradients_are_those_of_store(name):
     assert_grads_close(found, expected, 1e-5)
 
 
+@pytest.mark.full
 def test_more_gamma_bits_change_no_bit_of_the_forward_pass():
     expected = gradients(GAMMAS["2^-2"], FixedPoint(gamma_bits=2))[1]
     for gamma_bits in (3, 7):
@@ -94,6 +96,7 @@ def test_a_larger_gamma_has_more_guards():
     assert (correction == -60).all()
 
 
+@pytest.mark.full
 def test_a_schedule_compiles_once():
     traced = 0
 
@@ -119,7 +122,8 @@ class Block(nnx.Module):
         return jnp.tanh(self.dense(x))
 
 
-@pytest.mark.parametrize("magnitude", [BY_BLOCK, list(BY_BLOCK)])
+@pytest.mark.full
+@pytest.mark.parametrize("magnitude", [list(BY_BLOCK)])
 def test_a_stack_takes_a_gamma_for_each_block(magnitude):
     options = {"fixed_point": FixedPoint(gamma_bits=7), "rngs": nnx.Rngs(0)}
     stack = bdia.nnx.BDIAStack(Block, K, magnitude=magnitude, **options)
@@ -131,6 +135,7 @@ def test_a_stack_takes_a_gamma_for_each_block(magnitude):
     assert of_linen.audit(params, X0, rngs=keys).exact
 
 
+@pytest.mark.full
 def test_a_stack_takes_a_schedule():
     stack = bdia.nnx.BDIAStack(Block, K, fixed_point=FixedPoint(gamma_bits=7), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(stack)

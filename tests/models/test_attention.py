@@ -210,6 +210,7 @@ def test_a_mask_of_any_rank_is_broadcast(on_cuda, shape, expected):
 ODD: Any = [((5, 5), {"is_causal": True}), ((7, 4), {"mask": True})]
 
 
+@pytest.mark.full
 @pytest.mark.claim("cuDNN takes odd lengths")
 @pytest.mark.parametrize("lengths, options", ODD)
 def test_an_odd_length_gets_a_token_that_nothing_sees(on_cuda, monkeypatch, lengths, options):
@@ -236,6 +237,7 @@ def test_an_odd_length_gets_a_token_that_nothing_sees(on_cuda, monkeypatch, leng
         np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (padded, whole)), atol=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.control("cuDNN takes odd lengths")
 def test_control_jax_has_no_gradient_for_odd_lengths(on_cuda):
     q = jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.bfloat16)
