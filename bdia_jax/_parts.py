@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bdia_jax._block import Block, Branch, LeafFn, Leaves
+from bdia_jax._verify import nan_by
 
 PyTree = Any
 BATCH, TOKENS = 0, 1  # axes of [B, T, ..., D]
@@ -78,8 +79,8 @@ def value_and_vjp(
     def use_sum(r):
         return use(reduce(jnp.add, [*rs, r]))
 
-    y = ys.pop()
-    used, found = _branch_vjp(branches[-1], params, y, consts, scale, ct, ct_aux[-1], use_sum)
+    last = branches[-1], params, ys.pop(), consts
+    used, found = _branch_vjp(*last, scale, ct, ct_aux[-1], use_sum)
     for branch, ct_aux_i in zip(branches[-2::-1], ct_aux[-2::-1], strict=True):
         y = _after(found.x, ys.pop())
         _, more = _branch_vjp(branch, params, y, consts, 1.0, scale * ct + found.x, ct_aux_i)
@@ -193,8 +194,8 @@ def over_batch_chunks(
         known: arrays [B, ...] that are read, or [1, ...] for all samples.
         states: arrays [B, ...] that come back in the same shapes and dtypes.
         ct_consts: the cotangents of consts are added to it.
-        start: [], 0 or NaN, what sums of chunks start from. A constant 0 would be kept through the
-            loop over blocks, as an array of each gradient's size.
+        start: [], 0 or NaN: sums of chunks start from it. A constant 0 would be kept from block to
+            block, as an array of each gradient's size.
 
     Returns:
         As `one`, of the whole batch.
@@ -237,11 +238,9 @@ def over_batch_chunks(
         ct_params = jax.tree.map(lambda a, own: a + own.astype(a.dtype), ct_params, ct_params_i)
         return states, ct_params, ct_consts
 
-    ct_params = None
-    if ct_consts is not None:
-        ct_params = jax.tree.map(jnp.zeros_like, params.diff)
-        if start is not None:
-            ct_params = jax.tree.map(lambda zero: zero + start.astype(zero.dtype), ct_params)
+    ct_params = None if ct_consts is None else jax.tree.map(jnp.zeros_like, params.diff)
+    if start is not None:
+        ct_params = nan_by(start, ct_params)
     return _loop(count, one_chunk, (states, ct_params, ct_consts))
 
 

@@ -6,11 +6,12 @@ Everything here is elementwise or a bit operation; nothing knows about blocks.
 
 import dataclasses
 import math
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 # A state that is not a number, or does not fit. int32 has one value more below zero
 # than above; it marks such elements, so that they come back as NaN and never as an
@@ -67,9 +68,7 @@ class FixedPoint:
 
     def reverses(self, gamma: Any) -> Any:
         """Where |gamma| is 2^-p, p from 1 to gamma_bits: bools, of a NumPy array NumPy's."""
-        numpy: Any = jnp if isinstance(gamma, jax.Array) else np
-        powers = np.float32(2) ** -np.arange(1, self.gamma_bits + 1)
-        return numpy.any(numpy.abs(gamma)[..., None] == powers.astype(np.float32), axis=-1)
+        return reduce(or_, (abs(gamma) == 2.0**-p for p in range(1, self.gamma_bits + 1)))
 
     def narrow(self, largest: float) -> str:
         """What to say of states that reach `largest`; "" with room for eight times as much."""
@@ -155,7 +154,7 @@ def pack_bits(values: jax.Array, num_bits: int) -> jax.Array:
         last but one: a TPU's tiles would pad them there.)
     """
     rows = _as_rows(values)
-    lanes = rows.reshape(len(rows), 1, *rows.shape[1:-1], 8, rows.shape[-1] // 8)
+    lanes = rows.reshape(*rows.shape[:-1], 8, rows.shape[-1] // 8)[:, None]
     planes = _along(1, num_bits, values.dtype, lanes.ndim)
     position = _along(lanes.ndim - 2, 8, values.dtype, lanes.ndim)
     bits = ((lanes >> planes) & 1) << position
