@@ -60,6 +60,7 @@ def worst(tree, other):
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
+@pytest.mark.full
 @pytest.mark.claim("rebuild is exact")
 def test_every_state_is_rebuilt_exactly(x):
     audit = make_stack(MESHES["8"]).audit(x)
