@@ -82,8 +82,8 @@ def bdia_scan(
         x0: float32 or bfloat16 [B, ..., D].
         gamma: float [K, B] or [K, 1] from `sample_gamma`, row 0 zero, or None. No gradient
             flows into it. Under jit its values cannot be read, so a bad one (row 0 not zero,
-            or not +-2^-gamma_bits when reversible) makes x_K and every gradient NaN instead of
-            raising.
+            or not +-2^-p, p up to gamma_bits, when reversible) makes x_K and every gradient NaN
+            instead of raising.
         *consts: pytrees handed to every block (encoder memory, masks, conditioning); the
             gradients of their float leaves are summed over blocks. A Python bool or str stays
             one, for the block to decide by: every value compiles a program.

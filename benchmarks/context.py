@@ -22,7 +22,7 @@ from bdia_jax.sharding import make_mesh, param_shardings, set_mesh, state_shardi
 from benchmarks import record
 from benchmarks.gpu_loops import llama
 from benchmarks.plan import most
-from benchmarks.stack import LABELS, VARIANTS, Maker, Shape
+from benchmarks.stack import LABELS, VARIANTS, Maker, Shape, gradient_of
 
 GPUS = 8
 LLAMA = Shape(batch=GPUS, width=4096, num_heads=32, mlp_dim=14336, dtype="bfloat16")
@@ -57,7 +57,7 @@ def device_bytes(make: Maker, shape: Shape, depth: int, devices: Any) -> dict[st
     block = partial(llama, shape, jnp.dtype(shape.dtype), shared=SHARED)
     stack = nnx.eval_shape(lambda: make(block, depth, rngs=nnx.Rngs(0)))
     set_mesh(stack, mesh)
-    graphdef, params, rest = nnx.split(stack, nnx.Param, ...)
+    gradient, (params, rest, x, key) = gradient_of(stack, shape)
     shardings = nnx.as_pure(param_shardings(stack, mesh))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -66,19 +66,11 @@ def device_bytes(make: Maker, shape: Shape, depth: int, devices: Any) -> dict[st
 
     pure_params = jax.tree.map(shaped, nnx.as_pure(params), shardings)
     rest = jax.tree.map(lambda leaf: shaped(leaf, whole), nnx.as_pure(rest))
-    size = (shape.batch, shape.tokens, shape.width)
-    x = jax.ShapeDtypeStruct(size, jnp.float32, sharding=state_sharding(mesh, size))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def loss(params, x, rest, key):
-        stack = nnx.merge(graphdef, params, rest)
-        return jnp.mean(stack(x, rngs=nnx.Rngs(key)) ** 2)
-
-    gradient = jax.jit(
-        jax.grad(loss, argnums=(0, 1)), out_shardings=(shardings, x.sharding), donate_argnums=1
-    )
+    x = shaped(x, state_sharding(mesh, x.shape))
+    out = (whole, (shardings, x.sharding))
+    jitted = jax.jit(gradient, out_shardings=out, donate_argnames="x")
     with jax.default_device(devices[0]):
-        lowered = gradient.lower(pure_params, x, rest, key)
+        lowered = jitted.lower(pure_params, rest, x, key)
         is_gpu = devices[0].platform == "gpu"
         compiled = (
             targets.compile(lowered, **targets.run_options()) if is_gpu else lowered.compile()

@@ -78,7 +78,7 @@ def lower_vit(name: str, changes: dict[str, Any]) -> jax.stages.Lowered:
 
 def main(argv: list[str]) -> dict:
     """Compiles and records."""
-    options = add_variants(record.parser(__doc__))
+    options = add_variants(record.parser(__doc__), WAYS)
     options.add_argument("--target", default="h100", choices=list(targets.TARGETS))
     options.add_argument("--only", choices=["stack", "vit"], help="one of the two parts")
     args = record.parse(options, argv)

@@ -71,8 +71,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> dict:
     """Runs every way in its own process and records."""
-    options = add_variants(record.parser(__doc__))
-    options.add_argument("--one", choices=NAMES, help="this way, here; prints its row")
+    options = add_variants(record.parser(__doc__), WAYS)
+    options.add_argument("--one", choices=list(WAYS), help="this way, here; prints its row")
     args = record.parse(options, argv)
     if args.one:
         row = run(args.one, args)
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> dict:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             print(f"{name}: failed, as said above", flush=True)
+            rows[name] = None
             continue
         rows[name] = row = json.loads(done.stdout.splitlines()[-1])
         print(_line(name, row), flush=True)

@@ -5,7 +5,7 @@ A new way to train it is one line in `_TABLE`.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -55,9 +55,11 @@ def variants(names: list[str] | None = None) -> dict[str, Maker]:
     return {name: VARIANTS[name] for name in names}
 
 
-def add_variants(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_variants(
+    options: argparse.ArgumentParser, names: Iterable[str] = VARIANTS
+) -> argparse.ArgumentParser:
     """With --variants NAME ..., for `variants(args.variants)`."""
-    options.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME")
+    options.add_argument("--variants", nargs="+", choices=list(names), metavar="NAME")
     return options
 
 
@@ -136,8 +138,11 @@ def lower_step(shape: Shape, depth: int, variant: Maker) -> jax.stages.Lowered:
 
 
 def _gradient(shape: Shape, depth: int, variant: Maker):
+    return gradient_of(nnx.eval_shape(lambda: make_stack(shape, depth, variant)), shape)
+
+
+def gradient_of(abstract: Stack, shape: Shape):
     """(the gradient of one training step, the shapes of what it takes): no array is made."""
-    abstract = nnx.eval_shape(lambda: make_stack(shape, depth, variant))
     graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
     x = jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.width), jnp.float32)
 

@@ -155,12 +155,12 @@ class Config:
     parameters; its architecture then takes the place of the config's. lora trains adapters only.
     stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma| in training, 0 for the
     plain transformer; gamma_changes ((steps, gamma), ..) is what it becomes after so many steps;
-    quantize=False keeps floating-point states; guard_bits=-1 takes what an audit
-    before the first step asks for; by_branch, batch_chunks and token_chunks make the backward pass
-    of a block smaller (`BDIAStack`). mesh says over how many devices what is split. schedule is
-    what follows warmup_steps. A step whose loss or gradient is not finite ends the run if
-    non_finite is "stop", and is left out if it is "skip". Of the checkpoints the keep_last newest
-    stay, and the keep_best best, by the evaluation at their step.
+    quantize=False keeps floating-point states; guard_bits=-1 takes what an audit before the first
+    step asks for; by_branch, batch_chunks and token_chunks make the backward pass of a block
+    smaller (`BDIAStack`). mesh says over how many devices what is split. schedule is what follows
+    warmup_steps. A step whose loss or gradient is not finite ends the run if non_finite is "stop",
+    and is left out if it is "skip". Of the checkpoints the keep_last newest stay, and the keep_best
+    best, by the evaluation at their step.
     """
 
     group: ClassVar[str] = ""
