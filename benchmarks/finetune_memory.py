@@ -18,8 +18,8 @@ from train.tasks.causal_lm import make_causal_lm
 ROWS: runs.Rows = {
     "plain": ("plain", {}),
     "remat": ("plain", common.PLAIN | {"backprop": "remat"}),
-    "bdia": ("bdia", {}),
-    "bdia_chunked": ("bdia", {"batch_chunks": 4}),
+    "bdia": ("bdia_0.0625", {}),
+    "bdia_chunked": ("bdia_0.0625", {"batch_chunks": 4}),
     "lora": ("lora", {}),
     "lora_remat": ("lora", {"backprop": "remat"}),
     "lora_bdia": ("lora_bdia", {}),

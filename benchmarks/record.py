@@ -15,12 +15,13 @@ from typing import Any
 import jax
 
 _HERE = Path(__file__).parent
+RESULTS = _HERE / "results"
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options every benchmark has: --out, and --toy or --gpu sizes."""
     options = argparse.ArgumentParser(description=doc, allow_abbrev=False)
-    options.add_argument("--out", type=Path, default=_HERE / "results", help="folder for the JSON")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     size = options.add_mutually_exclusive_group()
     size.add_argument("--toy", action="store_true", help="seconds, for tests; needs --out")
     size.add_argument("--gpu", action="store_true", help="sizes that fill a GPU")
@@ -30,7 +31,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def parse(options: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """argv parsed, without the chance of toy numbers in the committed results."""
     args = options.parse_args(argv)
-    if args.toy and args.out == _HERE / "results":
+    if args.toy and args.out == RESULTS:
         options.error("--toy needs --out DIR: the default folder holds the committed results")
     return args
 

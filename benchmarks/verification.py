@@ -5,7 +5,8 @@
 In a trial some blocks of a stack come back, in the backward pass, off by 0.1 to 100 times what the
 guard bits bear. Its gradient is compared by bits with that of the same compiled program without
 drift, once verified and once not: it is right, or NaN, or else wrong and a number. The settings are
-float32 and bfloat16 blocks, whole, by branch and in chunks, and meshes of 1 to 8 devices.
+float32 and bfloat16 blocks, whole, by branch and in chunks, every |gamma|, and meshes of 1 to 8
+devices.
 """
 
 import dataclasses
@@ -31,13 +32,17 @@ RIGHT, NAN, WRONG = "right", "nan", "wrong_and_finite"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """dtype: of the blocks. options: of `bdia_scan`. devices: [axis 0, axis 1] of x are split."""
+    """dtype: of the blocks. options: of `bdia_scan`. devices: [axis 0, axis 1] of x are split.
+
+    gamma_bits: p of |gamma| = 2^-p.
+    """
 
     dtype: str
     way: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     branches: int = 1
     devices: tuple[int, int] = (1, 1)
+    gamma_bits: int = 1
 
     @property
     def name(self) -> str:
@@ -60,6 +65,8 @@ def _settings() -> list[Setting]:
     found = []
     for dtype in ("float32", "bfloat16"):
         found += [Setting(dtype, *way) for way in ways]
+        for p in range(2, 8):
+            found.append(Setting(dtype, f"gamma 1/{2**p}", gamma_bits=p))
         for name, devices in meshes.items():
             options = {"verify": devices[1]} if devices[1] > 1 else {}
             found.append(Setting(dtype, name, options, devices=devices))
@@ -121,7 +128,8 @@ def _gradient(setting: Setting, *, rng_seed: int, verify: bool) -> Callable[[np.
         for name in ("up", "down")
     } | {"bias": rng.normal(size=(DEPTH, width)).astype(np.float32)}
     x0 = jnp.asarray(2 * rng.normal(size=SHAPE), jnp.float32)
-    gamma = sample_gamma(jax.random.key(rng_seed), DEPTH, SHAPE[0])
+    key, fixed_point = jax.random.key(rng_seed), FixedPoint(gamma_bits=setting.gamma_bits)
+    gamma = sample_gamma(key, DEPTH, SHAPE[0], 2.0**-setting.gamma_bits)
     split = None
     if setting.devices != (1, 1):
         count = int(np.prod(setting.devices))
@@ -132,7 +140,8 @@ def _gradient(setting: Setting, *, rng_seed: int, verify: bool) -> Callable[[np.
         x0 = jax.device_put(x0, split)
     block = partial(_block, jnp.dtype(setting.dtype))
     fns = (*(block,) * (setting.branches - 1), _drifting(block))
-    options: dict[str, Any] = setting.options | ({} if verify else {"verify": False})
+    options: dict[str, Any] = setting.options | {"fixed_point": fixed_point}
+    options |= {} if verify else {"verify": False}
 
     def loss(floats, x0, eps):
         x_last = bdia_scan(

@@ -12,6 +12,19 @@ BDIA_STORED = dict(backprop="store")
 REVNET = dict(stack="revnet", gamma=0.0, quantize=False)
 MIDPOINT = dict(stack="midpoint", gamma=0.0, quantize=False)
 
+# The gamma dial: every |gamma|, and what else is there against over-fitting.
+DIAL: dict[str, dict[str, Any]] = {
+    **{f"bdia_{2.0**-p}": dict(gamma=2.0**-p) for p in range(1, 8)},
+    "plain": PLAIN,
+    "quantized": QUANTIZED,
+    "plain_dropout_0.1": PLAIN | dict(model=dict(dropout_rate=0.1)),
+    "plain_dropout_0.2": PLAIN | dict(model=dict(dropout_rate=0.2)),
+    "plain_decay_0.1": PLAIN | dict(weight_decay=0.1),
+    "plain_decay_1.0": PLAIN | dict(weight_decay=1.0),
+    "bdia_0.5_dropout_0.1": dict(gamma=0.5, model=dict(dropout_rate=0.1)),
+    "bdia_0.125_dropout_0.1": dict(gamma=0.125, model=dict(dropout_rate=0.1)),
+}
+
 # How long every "smoke" scale is.
 SMOKE = dict(num_steps=4, warmup_steps=1, log_every_steps=2)
 SMOKE |= dict(eval_every_steps=4, checkpoint_every_steps=4)
@@ -25,7 +38,7 @@ def defaults() -> Any:  # a ConfigDict, whose fields no type knows
 
     config.init_from = ""
     config.lora = dict(rank=0, alpha=32.0, dropout_rate=0.0)
-    config.update(stack="bdia", gamma=0.5, gamma_changes=())
+    config.update(stack="bdia", gamma=-1.0, gamma_changes=())  # -1: chosen by init_from
     config.update(quantize=True, frac_bits=9, guard_bits=1)
     config.update(backprop="reversible", by_branch=False, batch_chunks=1, token_chunks=1)
     config.mesh = dict(data=1, fsdp=1, tensor=1, sequence=1)

@@ -34,12 +34,14 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+_SMALL = dict(gamma=0.0625)
 _LORA = dict(lora=dict(rank=4, alpha=32.0, dropout_rate=0.1), model=dict(dropout_rate=0.0))
 RUNS = {
-    "bdia": common.BDIA,
+    "bdia_0.0625": _SMALL,
+    "bdia": dict(gamma=0.5),
     "plain": common.PLAIN,
     "lora": common.PLAIN | _LORA,
-    "lora_bdia": _LORA,
+    "lora_bdia": _SMALL | _LORA,
 }
 PAPER: dict[str, float] = {}
 METRIC = "bleu"

@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.input.inference_gammas = (0.0,)
     config.model = dict(name="vit", patch_size=2, width=64, depth=6, num_heads=4, mlp_dim=128)
     config.model.update(dropout_rate=0.1, linformer_dim=0, dtype="float32")
+    config.model.update(shifted_patches=False, locality_attention=False)
     config.update(schedule="cosine", learning_rate=1e-3, warmup_steps=100, grad_clip_norm=1.0)
     config.update(batch_size=64, num_steps=600)
     config.update(log_every_steps=20, eval_every_steps=100, checkpoint_every_steps=200)

@@ -40,6 +40,11 @@ def jsonl():
     return b"".join(json.dumps({"id": n, "text": f"page {n}"}).encode() + b"\n" for n in range(60))
 
 
+def plays():
+    """Three documents' worth of speeches, and a tenth for validation."""
+    return b"".join(b"ROMEO %d:\n%s\n\n" % (n, b"Ay me. " * 140) for n in range(13))
+
+
 def e2e_files():
     def rows(split, count):
         return "\n".join(["mr,ref", *(f"name[{split} {n}],It is {n}." for n in range(count))])
@@ -79,6 +84,7 @@ def download(folder, name):
     file, content = {
         "kaggle_enfr": lambda: ("archive.zip", zip_of({"eng_-french.csv": kaggle_csv()})),
         "openwebtext_sample": lambda: ("pages.jsonl.xz", lzma.compress(jsonl())),
+        "tinyshakespeare": lambda: ("input.txt", plays()),
         "e2e": lambda: ("e2e.tar.gz", tar_of(e2e_files(), "w:gz")),
     }.get(name, lambda: (f"{name}.tar.gz", tar_of(cifar_files(name), "w:gz")))()
     (folder / file).write_bytes(content)

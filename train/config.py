@@ -28,6 +28,9 @@ from train.fields import (
     checked,
 )
 
+# |gamma| where a config says -1: the paper's, or one that leaves a checkpoint whole
+FROM_SCRATCH, FOR_CHECKPOINTS = 0.5, 2.0**-4
+
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
 
@@ -154,13 +157,13 @@ class Config:
     eval_split TFDS splits. init_from is a Hugging Face folder to start from, "" for random
     parameters; its architecture then takes the place of the config's. lora trains adapters only.
     stack is "bdia", or a baseline: "revnet" or "midpoint". gamma is |gamma| in training, 0 for the
-    plain transformer; gamma_changes ((steps, gamma), ..) is what it becomes after so many steps;
-    quantize=False keeps floating-point states; guard_bits=-1 takes what an audit before the first
-    step asks for; by_branch, batch_chunks and token_chunks make the backward pass of a block
-    smaller (`BDIAStack`). mesh says over how many devices what is split. schedule is what follows
-    warmup_steps. A step whose loss or gradient is not finite ends the run if non_finite is "stop",
-    and is left out if it is "skip". Of the checkpoints the keep_last newest stay, and the keep_best
-    best, by the evaluation at their step.
+    plain transformer (`open_config` takes -1, too); gamma_changes ((steps, gamma), ..) is what it
+    becomes after so many steps; quantize=False keeps floating-point states; guard_bits=-1 takes
+    what an audit before the first step asks for; by_branch, batch_chunks and token_chunks make the
+    backward pass of a block smaller (`BDIAStack`). mesh says over how many devices what is split.
+    schedule is what follows warmup_steps. A step whose loss or gradient is not finite ends the run
+    if non_finite is "stop", and is left out if it is "skip". Of the checkpoints the keep_last
+    newest stay, and the keep_best best, by the evaluation at their step.
     """
 
     group: ClassVar[str] = ""

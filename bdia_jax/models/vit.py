@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from bdia_jax._stack import Stack
 from bdia_jax.models.attention import Attention
 from bdia_jax.models.blocks import MLP, PreNormBlock
+from bdia_jax.models.locality import LocalityAttention, ShiftedPatches
 from bdia_jax.nnx import BDIAStack
 
 
@@ -27,6 +29,8 @@ class ViT(nnx.Module):
             also follows the position embedding.
         dtype: of the matrix products (float32 or bfloat16). Parameters, residual stream
             and logits are float32.
+        shifted_patches: whether patches are `ShiftedPatches`, which have five times the features.
+        locality_attention: whether `attention` is `LocalityAttention`.
         attention, mlp: of every block, see `PreNormBlock`. Most published ViTs have
             `partial(Attention, qkv_bias=True)`.
         epsilon: of all LayerNorms; some published ViTs have 1e-12.
@@ -36,7 +40,8 @@ class ViT(nnx.Module):
         rngs: initializes parameters; seeds dropout and gamma.
 
     Raises:
-        ValueError: a patch size that does not divide the image, heads that do not divide width.
+        ValueError: a patch size that does not divide the image, heads that do not divide width,
+            locality_attention beside another attention.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class ViT(nnx.Module):
         mlp_dim: int = 512,
         dropout_rate: float = 0.1,
         dtype=jnp.float32,
+        shifted_patches: bool = False,
+        locality_attention: bool = False,
         attention: Callable[..., nnx.Module] = Attention,
         mlp: Callable[..., nnx.Module] = MLP,
         epsilon: float = 1e-5,
@@ -60,16 +67,28 @@ class ViT(nnx.Module):
         height, image_width, channels = image_shape
         if height % patch_size or image_width % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide the image {image_shape}")
+        if locality_attention and attention is not Attention:
+            raise ValueError(
+                f"locality_attention=True with attention={attention}; take one of them, or "
+                "attention=partial(LocalityAttention, ...)"
+            )
+        attention = LocalityAttention if locality_attention else attention
+        norm = partial(nnx.LayerNorm, epsilon=epsilon)
         self.image_shape = tuple(image_shape)
         tokens = (height // patch_size) * (image_width // patch_size) + 1
         patch = (patch_size, patch_size)
-        self.patches = nnx.Conv(
-            channels, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs
-        )
+        self.patches: Any
+        if shifted_patches:
+            self.patches = ShiftedPatches(
+                channels, width, patch_size=patch_size, dtype=dtype, norm=norm, rngs=rngs
+            )
+        else:
+            self.patches = nnx.Conv(
+                channels, width, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs
+            )
         self.class_token = nnx.Param(rngs.params.normal((1, 1, width), jnp.float32))
         self.positions = nnx.Param(rngs.params.normal((1, tokens, width), jnp.float32))
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        norm = partial(nnx.LayerNorm, epsilon=epsilon)
 
         def make_block(rngs):
             return PreNormBlock(

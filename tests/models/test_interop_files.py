@@ -325,6 +325,8 @@ def with_activation(model):
         ("gpt2", {}, None, r"source/config.json is not there"),
         ("vit", {"stack": MidpointStack}, None, "MidpointStack, another network"),
         ("linformer", {}, None, "project_keys.*take the standard attention"),
+        ("vit", {"locality_attention": True}, None, "log_temperature.*take the standard attention"),
+        ("vit", {"shifted_patches": True}, None, r"patches\.linear\.kernel.*not of both"),
         ("vit", {}, with_activation, "activation is .*config.json has no name for"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from toy_files import cifar_files, kaggle_csv
+from toy_files import cifar_files, kaggle_csv, plays
 
 from train.datasets import registry
 from train.datasets.cifar import Cifar10, load_arrays
@@ -20,6 +20,7 @@ from train.datasets.openwebtext_sample import OpenwebtextSample
 from train.datasets.pydoc import Pydoc
 from train.datasets.registry import BUNDLED, LOCAL, footnote, in_chunks, open_builder, open_split
 from train.datasets.splits import bucket, connected
+from train.datasets.tinyshakespeare import Tinyshakespeare
 
 
 def read(builder, split):
@@ -192,6 +193,19 @@ def test_bad_jsonl_names_the_line(line, message):
     unusual = '{"text": "a\u2028b", "id": 1}\n\n'.encode()  # a line end that JSON does not know
     splits = OpenwebtextSample.parse({"f.jsonl": unusual})
     assert [e["text"] for part in splits.values() for e in part] == ["a\u2028b"]
+
+
+def test_shakespeare_is_cut_between_speeches_and_its_last_tenth_held_out():
+    text = plays().decode()
+    splits = Tinyshakespeare.parse({"input.txt": plays()})
+    documents = [example["text"] for part in splits.values() for example in part]
+    assert "".join(documents).replace("\n", "") == text.replace("\n", "")
+    assert all(each.startswith("ROMEO ") and each.endswith(". \n\n") for each in documents)
+    assert all(len(each) >= 4_000 for each in documents[:2])
+    held_out = "".join(example["text"] for example in splits["validation"])
+    assert 0.1 <= len(held_out) / len(text) < 0.2
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        Tinyshakespeare.parse({"input.txt": b"\xff"})
 
 
 # --- CIFAR's pickles -----------------------------------------------------------------

@@ -24,6 +24,7 @@ from configs import gpt2_e2e, gpt2_openwebtext, resnet15_cifar10, translation_en
 from train.data.tokens import Bpe, Bytes
 from train.export import export
 from train.inference.open_run import Run, end_tokens, open_run
+from train.loop.gamma import loss_at_start
 from train.loop.log import read_records
 from train.loop.program import make_program
 from train.loop.train import train
@@ -386,6 +387,39 @@ def test_configs_that_cannot_be_fine_tuned_are_refused(folder):
     for module in (resnet15_cifar10, translation_enfr):
         with pytest.raises(ValueError, match=r"init_from=.*only a ViT and a language model start"):
             refused(module, "smoke")
+
+
+def test_gamma_is_chosen_by_what_a_run_starts_from(folder, data_dir):
+    assert configure(vit_digits, "smoke", "", data_dir).gamma == 0.5
+    assert configure(vit_digits, "smoke", folder, data_dir).gamma == 0.0625
+    assert configure(vit_digits, "smoke", folder, data_dir, gamma=0.25).gamma == 0.25
+    assert configure(gpt2_e2e, "smoke", folder, data_dir).gamma == 0.0625
+    assert configure(gpt2_e2e, "bdia,smoke", folder, data_dir).gamma == 0.5  # the paper's
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_run_tells_what_its_gamma_does_to_the_checkpoint(
+    folder, data_dir, tmp_path, capsys, num_seeds
+):
+    short = dict(num_steps=2, warmup_steps=1, num_seeds=num_seeds)
+    config = restaurants("bdia_0.0625", folder, data_dir, **short)
+    train(config, str(tmp_path))
+    start, first = read_records(tmp_path)[:2]
+    at_zero, chosen = start["loss_at_gamma"]["0.0"], start["loss_at_gamma"]["0.0625"]
+    assert at_zero != chosen and abs(at_zero - chosen) < 0.1
+    # the same draws of gamma and dropout as those of the first step
+    np.testing.assert_allclose(first["loss"], chosen, rtol=1e-6)
+    said = f"loss of the first batch: {at_zero:.4f} at gamma 0, {chosen:.4f} at 0.0625\n"
+    assert said in capsys.readouterr().out
+    train(replace(config, keep_last=3), str(tmp_path))  # finished: nothing is told again
+    assert "first batch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [0.11, np.nan, np.inf])
+def test_a_gamma_that_takes_the_checkpoint_apart_is_told_with_the_remedy(lost):
+    _, said = loss_at_start(lambda gamma: np.float32([1.0, 1.0 + 2 * bool(gamma) * lost]), 0.5)
+    assert "takes the checkpoint apart. --config.gamma=0.0625 leaves it whole" in said
 
 
 def test_the_small_gpt2_is_long_enough_for_the_small_experiment():

@@ -24,6 +24,7 @@ from train.datasets.numbers_enfr import NumbersEnfr
 from train.datasets.openwebtext_sample import OpenwebtextSample
 from train.datasets.pydoc import Pydoc
 from train.datasets.restaurants import Restaurants
+from train.datasets.tinyshakespeare import Tinyshakespeare
 
 # They prepare themselves, without a download.
 BUNDLED: dict[str, Any] = {
@@ -37,6 +38,7 @@ BUNDLED: dict[str, Any] = {
 LOCAL: dict[str, type[LocalFileBuilder]] = {
     "kaggle_enfr": KaggleEnfr,
     "openwebtext_sample": OpenwebtextSample,
+    "tinyshakespeare": Tinyshakespeare,
     "e2e": E2e,
     "cifar10": Cifar10,
     "cifar100": Cifar100,

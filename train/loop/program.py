@@ -36,6 +36,8 @@ class Program(NamedTuple):
         is not finite leaves the state as it was; it is the last one, unless config.non_finite is
         "skip". A step whose rebuild failed always is, and is not counted: it is to be made again.
     evaluate: jitted (state, groups) -> metrics.
+    start_loss: (state, groups, gamma) -> the loss of the first step's batch in training mode, with
+        this |gamma| in every stack.
     batch: (seed, step, groups) -> the examples this step sees, on the host.
     models: state -> the trained models, one a seed, in evaluation mode, on one device.
     abstract: the model, shapes only, without adapters.
@@ -49,6 +51,7 @@ class Program(NamedTuple):
     place: Callable[[tuple[Arrays, ...], tuple[int, ...]], tuple[Arrays, ...]]
     train_steps: Any
     evaluate: Any
+    start_loss: Callable[[State, tuple[Arrays, ...], float], Any]
     batch: Callable[[int, int, tuple[Arrays, ...]], Arrays]
     models: Callable[[State], list[nnx.Module]]
     abstract: nnx.Module
@@ -151,6 +154,22 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
         totals = jax.tree.map(lambda *parts: sum(parts), *totals)
         return {name: total / weight for name, (total, weight) in totals.items()}
 
+    def start_loss(state: State, examples: Any, gamma: float):
+        epoch, group, position = batches.locate(jnp.int32(0))
+
+        def one(values, examples):
+            seed = values["seed"]
+            found = inputs.examples(seed, examples, epoch, int(group), position)
+            batch, key = inputs.drawn(seed, 0, found)
+            model = training.merge(values)
+            model.train()
+            set_gamma(model, gamma)
+            return _ratios(task.metrics(model, batch, nnx.Rngs(key)))["loss"]
+
+        values = {name: state[name] for name in state if name not in ("step", "opt_state")}
+        out_shardings = training.out_shardings(False)
+        return jax.jit(over_seeds(one, (0, None)), out_shardings=out_shardings)(values, examples)
+
     def over_seeds(function, in_axes):
         return function if config.num_seeds == 1 else jax.vmap(function, in_axes=in_axes)
 
@@ -164,6 +183,7 @@ def make_program(config: Config, task: Task, devices: Sequence[Any] | None = Non
             train_steps, donate_argnums=0, out_shardings=training.out_shardings(True)
         ),
         evaluate=jax.jit(evaluate, out_shardings=training.out_shardings(False)),
+        start_loss=start_loss,
         batch=inputs.on_host,
         models=training.models,
         abstract=training.abstract,

@@ -15,6 +15,7 @@ from train.datasets.registry import footnote, open_builder
 from train.devices.mesh import open_mesh
 from train.devices.processes import first_does
 from train.loop import guard_bits, non_finite
+from train.loop.gamma import loss_at_start
 from train.loop.interrupt import Interrupt, Stopped
 from train.loop.log import Log, draw_curve, final_metrics, mended_guard_bits, read_records
 from train.loop.program import Program, check_fits, compile_steps, lower_steps, make_program
@@ -93,6 +94,13 @@ def _train(config: Config, workdir: str, command: str, lock: Lock) -> dict[str, 
             f"{config.num_steps}",
             flush=True,
         )
+        train_groups = program.place(task.train_groups, task.train_sizes)
+        eval_groups = program.place(task.eval_groups, task.eval_sizes)
+        gamma_facts: dict[str, Any] = {}
+        if config.init_from and config.stack == "bdia" and config.gamma and not start:
+            loss_at = partial(program.start_loss, state, train_groups)
+            gamma_facts, said = loss_at_start(loss_at, config.gamma)
+            print(said, flush=True)
         log = Log(path, config, start, memory.temporaries + memory.arguments)
         log.start(
             command=command,
@@ -101,9 +109,8 @@ def _train(config: Config, workdir: str, command: str, lock: Lock) -> dict[str, 
             steps_per_epoch=program.steps_per_epoch,
             temp_bytes=memory.temporaries,
             **guard_facts,
+            **gamma_facts,
         )
-        train_groups = program.place(task.train_groups, task.train_sizes)
-        eval_groups = program.place(task.eval_groups, task.eval_sizes)
         metrics: dict[str, Any] = {}
         with Interrupt() as interrupt:
             while not metrics:

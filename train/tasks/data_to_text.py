@@ -66,30 +66,13 @@ def load(config: Config) -> Task:
     references = dict([*by_first(eval_rows).items()][: options.eval_generations])
     prompts, lengths = encode_prompts([*references], tokenizer, options.length)
 
-    def decode(model: Any) -> list[str]:
-        """What the model says for each prompt."""
-
-        def continued(rows: jax.Array, lengths: jax.Array) -> jax.Array:
-            return generate_beam(
-                model,
-                rows,
-                options.length - rows.shape[1],
-                prompt_lengths=lengths,
-                beam_size=options.beam_size,
-                length_penalty=options.length_penalty,
-                no_repeat_ngram=options.no_repeat_ngram,
-                ngrams_of_prompt=False,  # as LoRA's programs: a name may be said again
-                end_token=tokenizer.end_of_text,
-            )[0]
-
-        tokens = in_batches(continued, config.batch_size, prompts, lengths)
-        return [_text(row, tokenizer) for row in tokens.tolist()]
-
     def finish(models: list[Any], workdir: Path) -> dict[str, list[float]]:
         """Scores of each model on the first meanings; generations.txt by the first model."""
         if not references:
             return {}
-        outputs = [decode(model) for model in models]
+        outputs = [
+            say(each, prompts, lengths, tokenizer, options, config.batch_size) for each in models
+        ]
         scores = [nlg_metrics(each, [*references.values()]) for each in outputs]
         if not has_meteor():
             print("METEOR is left out: it needs Java and `pip install pycocoevalcap`", flush=True)
@@ -181,6 +164,33 @@ def encode_prompts(
             f"has {rows.shape[1]} tokens; take a greater one"
         )
     return rows, lengths
+
+
+def say(
+    model: Any,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    tokenizer: Tokenizer,
+    options: DataToTextInput,
+    batch_size: int,
+) -> list[str]:
+    """What the model says for each of `encode_prompts`, by beam search, on one line."""
+
+    def continued(rows: jax.Array, lengths: jax.Array) -> jax.Array:
+        return generate_beam(
+            model,
+            rows,
+            options.length - rows.shape[1],
+            prompt_lengths=lengths,
+            beam_size=options.beam_size,
+            length_penalty=options.length_penalty,
+            no_repeat_ngram=options.no_repeat_ngram,
+            ngrams_of_prompt=False,  # as LoRA's programs: a name may be said again
+            end_token=tokenizer.end_of_text,
+        )[0]
+
+    tokens = in_batches(continued, batch_size, prompts, lengths)
+    return [_text(row, tokenizer) for row in tokens.tolist()]
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> str:

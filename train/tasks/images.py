@@ -56,6 +56,16 @@ class ViTConfig(StandardConfig):
 
     patch_size: Count
     linformer_dim: Amount
+    shifted_patches: bool
+    locality_attention: bool
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.linformer_dim and self.locality_attention:
+            raise ValueError(
+                f"model.linformer_dim is {self.linformer_dim} with model.locality_attention=True, "
+                "two kinds of attention; set one to 0 or False"
+            )
 
 
 @checked
