@@ -3,7 +3,8 @@
 FOLDER is a language model as Hugging Face keeps it, with tokenizer.json; the text is Python's
 documentation. For each |gamma| the loss in training mode, the exactness of the rebuild and the
 guard bits it takes; beside them the loss in eval mode by fixed-point states of several frac_bits
-and in floating point, and how large the states of each block are.
+and in floating point, and how large the states of each block are. At last, which blocks bear 1/2
+badly: the first, middle and last third of them at 1/2, the others at 1/16.
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ def measure(folder: str, tokens: Any, size: Size) -> dict[str, Any]:
     """Losses in nats a token. tokens: int32 [B, T + 1]."""
     model: Any = interop.load(folder, rngs=nnx.Rngs(0))
     x, consts = _stack_inputs(model, tokens)
-    results: dict[str, Any] = {"depth": model.stack.depth, "eval_loss": {}, "gammas": {}}
+    results: dict[str, Any] = {"depth": model.stack.depth, "eval_loss": {}}
+    results |= {"gammas": {}, "half_in": {}}
     model.eval()
     for frac_bits in FRAC_BITS:
         model.stack.fixed_point = FixedPoint(frac_bits)
@@ -57,6 +59,14 @@ def measure(folder: str, tokens: Any, size: Size) -> dict[str, Any]:
         model.stack.fixed_point = FixedPoint(gamma_bits=power)
         row = results["gammas"][str(2.0**-power)] = _with_gamma(model, tokens, x, consts, size)
         print(f"gamma {2.0**-power:<10g}" + str(row), flush=True)
+    depth = model.stack.depth
+    model.stack.fixed_point = FixedPoint(gamma_bits=4)
+    for third, name in enumerate(("first", "middle", "last")):
+        is_half = [third * depth // 3 <= k < (third + 1) * depth // 3 for k in range(depth)]
+        model.stack.magnitude = [0.5 if half else 0.0625 for half in is_half]
+        losses = [_loss(model, tokens, nnx.Rngs(draw)) for draw in range(size.draws)]
+        results["half_in"][name] = {"losses": losses, "loss": statistics.mean(losses)}
+        print(f"1/2 in the {name} third: {losses}", flush=True)
     return results
 
 

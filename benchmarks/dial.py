@@ -24,11 +24,6 @@ PANELS = {
 _LINES = {"plain": "plain", "plain_dropout_0.1": "plain, dropout 0.1"}
 
 
-def end_and_best(run: dict[str, Any]) -> tuple[list[float], float]:
-    """(the last evaluation's loss of each seed, the lowest of the mean over seeds)."""
-    return run["final"]["loss"], min(run["curves"]["eval"]["loss"][1])
-
-
 def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
     """A panel for each report, by the name of its file."""
     title = "Held-out loss against |gamma|, mean and standard deviation over seeds"
@@ -40,16 +35,16 @@ def draw(reports: dict[str, dict[str, Any]], path: Path) -> None:
 
 def _draw_panel(axis: Any, title: str, runs: dict[str, Any]) -> None:
     powers = [p for p in range(1, 8) if f"bdia_{2.0**-p}" in runs]
-    found = [end_and_best(runs[f"bdia_{2.0**-p}"]) for p in powers]
-    ends = [np.mean(end) for end, _ in found]
-    scatter = [np.std(end, ddof=1) if len(end) > 1 else 0.0 for end, _ in found]
-    axis.errorbar(powers, ends, scatter, fmt="o-", color="C0", capsize=2, label="BDIA, at the end")
-    axis.plot(powers, [best for _, best in found], "o--", color="C0", mfc="w", label="at its best")
+    found = [runs[f"bdia_{2.0**-p}"] for p in powers]
+    for when, style, label in (("final", "o-", "BDIA, at the end"), ("best", "o--", "at its best")):
+        losses = [run[when]["loss"] for run in found]
+        means = [np.mean(each) for each in losses]
+        scatter = [np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in losses]
+        axis.errorbar(powers, means, scatter, fmt=style, color="C0", capsize=2, label=label)
     for color, (name, label) in zip(("0.3", "C1"), _LINES.items(), strict=True):
         if name in runs:
-            end, best = end_and_best(runs[name])
-            axis.axhline(np.mean(end), color=color, lw=1, label=label)
-            axis.axhline(best, color=color, lw=1, ls="--")
+            axis.axhline(np.mean(runs[name]["final"]["loss"]), color=color, lw=1, label=label)
+            axis.axhline(np.mean(runs[name]["best"]["loss"]), color=color, lw=1, ls="--")
     # the format that each takes: p bits, and a guard bit
     axis.set_xticks(powers, [f"1/{2**p}\n{p + 1} bits" for p in powers])
     figure.caption(axis, title, grid="y")

@@ -17,6 +17,7 @@ nothing is written.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib
 import json
@@ -28,7 +29,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,8 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!--n ([^>]*?)-->)(.*?)(<!--/n-->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- table:|<!-- end -->|<!--n |<!--/n-->")
 
+_FINETUNED = ("smollm2_e2e", "smollm2_shakespeare")
+
 Load = Callable[[str], Any]  # the content of a file, by its name
 
 
@@ -75,6 +78,27 @@ def _drift_sums(load: Load) -> dict[str, dict[str, str]]:
             wrong, elements = (sum(r[n] for r in found) for n in ("mismatches", "elements"))
             sums[numerics][f"wrong_{bits}"] = f"{wrong:,} of {elements:,}"
     return sums
+
+
+def _losses(load: Load) -> dict[str, dict[str, dict[str, str]]]:
+    """Of the sweeps that turn |gamma|: over seeds, and against the plain run of the same seed."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for name in ("dial_text", "dial_text_little", "dial_cifar10_little", *_FINETUNED):
+        with contextlib.suppress(OSError):  # not swept yet
+            runs = load(name)["results"]
+            found[name] = {run: _against(runs.get("plain"), row) for run, row in runs.items()}
+    return found
+
+
+def _against(plain: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, str]:
+    cells = {}
+    for when in ("final", "best"):
+        losses = run[when]["loss"]
+        cells[when] = f"{mean(losses):.3f} ± {stdev(losses):.3f}"
+        if plain is not None:
+            more = [a - b for a, b in zip(losses, plain[when]["loss"], strict=True)]
+            cells[f"{when}_over_plain"] = f"{mean(more):+.4f} ± {stdev(more):.4f}"
+    return cells
 
 
 def _meshes(load: Load) -> dict[str, Any]:
@@ -108,6 +132,7 @@ def _experiments(load: Load) -> dict[str, dict[str, str]]:
 VIEWS: dict[str, Callable[[Load], dict[str, Any]]] = {
     "paper_memory": _paper_memory,
     "drift_sums": _drift_sums,
+    "losses": _losses,
     "meshes": _meshes,
     "plans": _plans,
     "experiments": _experiments,

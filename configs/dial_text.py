@@ -5,6 +5,8 @@
 
 Where does |gamma| cost, and where does it help? All of Shakespeare is more than this model of four
 blocks learns in these steps; `:little` is four of its documents, 16 kB, which it learns by heart.
+`falling` has 1/2 for two thirds of the steps and 1/16 in the last, `rising` 1/16 in the first third
+and 1/2 from there on.
 
 The data: `python -m train.prepare tinyshakespeare --from input.txt`.
 """
@@ -17,7 +19,10 @@ from ml_collections import ConfigDict
 
 from configs import common, gpt2_openwebtext
 
-RUNS = common.DIAL
+RUNS = common.DIAL | {
+    "falling": dict(gamma=0.5, gamma_changes=((533, 0.0625),)),
+    "rising": dict(gamma=0.0625, gamma_changes=((267, 0.5),)),
+}
 PAPER: dict[str, float] = {}
 METRIC = "loss"
 SCALES = {

@@ -28,9 +28,6 @@ from train.fields import (
     checked,
 )
 
-# |gamma| where a config says -1: the paper's, or one that leaves a checkpoint whole
-FROM_SCRATCH, FOR_CHECKPOINTS = 0.5, 2.0**-4
-
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACKS = {"bdia": BDIAStack, "revnet": RevStack, "midpoint": MidpointStack}
 

@@ -29,6 +29,7 @@ class Run:
     """One system of an experiment, as its workdir tells it.
 
     final: metric -> a value a seed, from the last evaluation and from what followed it.
+    best: loss and accuracy -> likewise, of the evaluation that was each seed's best in it.
     curves: "train" and "eval" -> metric -> (steps, mean, standard deviation over seeds).
     """
 
@@ -40,6 +41,7 @@ class Run:
     seconds_per_epoch: float
     temp_bytes: int
     final: dict[str, list[float]]
+    best: dict[str, list[float]]
     curves: dict[str, dict[str, tuple[list[int], list[float], list[float]]]]
     origin: dict[str, Any]
 
@@ -91,6 +93,7 @@ def _read_run(workdir: Path, records: list[dict[str, Any]], paper: float | None)
         seconds_per_epoch=per_epoch * config["batch_size"] * config["num_seeds"] / speed,
         temp_bytes=start["temp_bytes"],
         final={name: _seeds(each, name) for each in [last, *finals] for name in metrics_of(each)},
+        best={name: _best(evals, name) for name in ("loss", "accuracy") if name in last},
         curves={"train": _curves(trains), "eval": _curves(evals)},
         origin={name: start[name] for name in ("device", "versions", "date", "data_note")}
         | {"command": _command(start["command"])},
@@ -100,6 +103,11 @@ def _read_run(workdir: Path, records: list[dict[str, Any]], paper: float | None)
 def _seeds(record: dict, name: str) -> list[float]:
     """A metric's value for every seed."""
     return record.get("seeds", {}).get(name, [record[name]])
+
+
+def _best(records: list[dict], name: str) -> list[float]:
+    values = zip(*(_seeds(record, name) for record in records), strict=True)
+    return [max(each) if name == "accuracy" else min(each) for each in values]
 
 
 def _curves(records: list[dict]):
@@ -136,8 +144,7 @@ def rows(runs: list[Run], metric: str) -> list[dict[str, str]]:
         for name, values in run.final.items():
             if not name.startswith(_GAMMA):
                 row[name] = _mean_and_std(name, values)
-        if metric == "loss":
-            row["lowest loss"] = f"{min(run.curves['eval']['loss'][1]):.4f}"
+        row[f"best {metric}"] = _mean_and_std(metric, run.best[metric])
         row["seeds"] = str(len(run.final[metric]))
         row["epochs"] = f"{run.epochs:.1f}"
         if run.steps < run.num_steps:

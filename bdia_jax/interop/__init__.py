@@ -3,10 +3,11 @@
 from bdia_jax.interop.architectures import Architecture, read_architecture
 from bdia_jax.interop.beside import copy_beside
 from bdia_jax.interop.generation import read_end_tokens, read_tokens
-from bdia_jax.interop.reading import load, read_params
+from bdia_jax.interop.reading import CHECKPOINT_GAMMA, load, read_params
 from bdia_jax.interop.writing import save
 
 __all__ = [
+    "CHECKPOINT_GAMMA",
     "Architecture",
     "copy_beside",
     "load",

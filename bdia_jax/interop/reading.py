@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdia_jax.fixed_point import FixedPoint
 from bdia_jax.interop.architectures import format_of, read_architecture
 from bdia_jax.interop.files import Tensors
 from bdia_jax.interop.layout import Table, dotted, params_of
+from bdia_jax.nnx import BDIAStack
+
+# |gamma| at which a network trained without one still is what it was
+CHECKPOINT_GAMMA = 2.0**-4
+_STACK = partial(BDIAStack, magnitude=CHECKPOINT_GAMMA, fixed_point=FixedPoint(gamma_bits=4))
 
 
 def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **overrides) -> Any:
@@ -22,7 +29,9 @@ def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **over
         rngs: seeds dropout and gamma, and initializes what `keep` names.
         keep: as in `read_params`.
         **overrides: arguments of the model in place of what config.json says, and those it does
-            not know: `stack`, `dtype`, `dropout_rate`, `num_classes`.
+            not know: `stack`, `dtype`, `dropout_rate`, `num_classes`. The stack is a `BDIAStack` by
+            default, with |gamma| = `CHECKPOINT_GAMMA` in training: the usual 1/2 takes blocks apart
+            that never saw one (docs/gamma.md).
 
     Returns:
         GPT2, ViT or Llama of `bdia_jax.models`.
@@ -31,11 +40,11 @@ def load(folder: str | Path, *, rngs: nnx.Rngs, keep: Iterable[str] = (), **over
         ValueError, FileNotFoundError: as `read_architecture` and `read_params`.
 
     Example:
-        model = interop.load("gpt2-medium", rngs=nnx.Rngs(0))  # a BDIAStack by default
+        model = interop.load("gpt2-medium", rngs=nnx.Rngs(0))
         images = interop.load("vit-base", rngs=nnx.Rngs(0), num_classes=10, keep=("head",))
     """
     architecture = read_architecture(folder)
-    arguments = architecture.arguments | overrides
+    arguments = {"stack": _STACK} | architecture.arguments | overrides
     build: Any = architecture.model
     make = lambda rngs: build(**arguments, rngs=rngs)  # noqa: E731
     abstract = nnx.eval_shape(make, rngs)

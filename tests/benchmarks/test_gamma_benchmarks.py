@@ -38,6 +38,10 @@ def test_a_checkpoint_is_measured_at_every_gamma(tmp_path):
         assert row["mismatches"] == 0 and row["elements"] == 2 * 2 * (2 * 16 * 8)
         assert len(set(row["losses"])) == 2  # of two draws
     assert abs(small["loss"] - exact) < abs(half["loss"] - exact)
+    assert [*results["half_in"]] == ["first", "middle", "last"]
+    # the first block has no gamma: the first third of these three is all 1/16
+    assert results["half_in"]["first"]["losses"] == small["losses"]
+    assert results["half_in"]["last"]["losses"] != small["losses"]
 
 
 def test_what_is_not_calibrated_is_told_from_what_is_not_known():
@@ -69,13 +73,8 @@ def test_the_dial_is_drawn_of_the_reports_that_are_there(tmp_path, capsys):
         dial.main(["--out", str(tmp_path)])
     assert "has none of dial_text_little" in capsys.readouterr().err
 
-    def run(end, best):
-        curve = [[100, 200], [best, float(np.mean(end))], [0.0, 0.0]]
-        return {"final": {"loss": end}, "curves": {"eval": {"loss": curve}}}
-
-    runs = {"bdia_0.5": run([3.0, 3.2], 2.5), "bdia_0.0625": run([2.0, 2.2], 1.5)}
-    runs |= {"plain": run([2.1, 2.3], 1.6)}
-    assert dial.end_and_best(runs["plain"]) == ([2.1, 2.3], 1.6)
+    losses = {"bdia_0.5": [3.0, 3.2], "bdia_0.0625": [2.0, 2.2], "plain": [2.1, 2.3]}
+    runs = {name: {"final": {"loss": x}, "best": {"loss": x[:1]}} for name, x in losses.items()}
     (tmp_path / "dial_text.json").write_text(json.dumps({"results": runs}))
     dial.main(["--out", str(tmp_path)])
     assert (tmp_path / "dial.png").stat().st_size > 10_000

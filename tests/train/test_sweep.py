@@ -57,6 +57,12 @@ def test_report_says_what_the_records_say(swept, tmp_path):
         assert row["accuracy"] == expected and expected in text
         final = document["results"][row["run"]]["final"]
         assert final["accuracy"] == values
+        evals = [r["seeds"] for r in records if r["kind"] == "eval"]
+        best = {"loss": min, "accuracy": max}
+        assert document["results"][row["run"]]["best"] == {
+            name: [of([r[name][seed] for r in evals]) for seed in (0, 1)]
+            for name, of in best.items()
+        }
         assert final["accuracy_gamma_0.25"] == records[-1]["seeds"]["accuracy_gamma_0.25"]
     assert (tmp_path / "vit_digits_smoke.png").stat().st_size > 10_000
     assert document["device"] and document["versions"]["jax"] and document["date"]

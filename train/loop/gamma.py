@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdia_jax.interop import CHECKPOINT_GAMMA
 from bdia_jax.nnx import BDIAStack
-from train.config import FOR_CHECKPOINTS, Config
+from train.config import Config
 
 MOST_AT_START = 0.1  # nats that |gamma| may add to the loss of a checkpoint, before it is told
 
@@ -34,7 +35,7 @@ def loss_at_start(loss: Callable[[float], Any], gamma: float) -> tuple[dict[str,
     said = f"loss of the first batch: {losses[0.0]:.4f} at gamma 0, {losses[gamma]:.4f} at {gamma}"
     if not cost <= MOST_AT_START:  # or NaN
         said += (
-            f"; so large a gamma takes the checkpoint apart. --config.gamma={FOR_CHECKPOINTS} "
+            f"; so large a gamma takes the checkpoint apart. --config.gamma={CHECKPOINT_GAMMA} "
             "leaves it whole, and 0 with --config.quantize=False --config.backprop=remat is plain"
         )
     return {"loss_at_gamma": {str(each): value for each, value in losses.items()}}, said

@@ -6,14 +6,8 @@ shapes, and a `TaskKind` of these. `open_config`, `load_task` and `abstract_task
 
 from typing import Any
 
-from train.config import (
-    FOR_CHECKPOINTS,
-    FROM_SCRATCH,
-    Config,
-    LoRAConfig,
-    MeshConfig,
-    PretrainedConfig,
-)
+from bdia_jax import interop
+from train.config import Config, LoRAConfig, MeshConfig, PretrainedConfig
 from train.data.tokens import Tokenizer
 from train.fields import short
 from train.tasks import data_to_text, images, language, translation
@@ -33,7 +27,7 @@ def open_config(config: Any) -> Config:
     """The frozen form of the ml_collections.ConfigDict that a file in configs/ returns.
 
     With init_from the model is that of the checkpoint, whatever architecture the config has. A
-    gamma of -1 is then FOR_CHECKPOINTS, without it FROM_SCRATCH.
+    gamma of -1 is then `interop.CHECKPOINT_GAMMA`, and without init_from the paper's 1/2.
 
     Raises:
         ValueError: fields that are missing, unknown, of a wrong type or range, or at odds.
@@ -55,7 +49,7 @@ def open_config(config: Any) -> Config:
         kept = {field: model[field] for field in ("dropout_rate", "dtype") if field in model}
         model_class, model = PretrainedConfig, {"name": "pretrained", **kept}
     if values.get("gamma") == -1:
-        values["gamma"] = FOR_CHECKPOINTS if values.get("init_from") else FROM_SCRATCH
+        values["gamma"] = interop.CHECKPOINT_GAMMA if values.get("init_from") else 0.5
     values["model"] = model_class(**model)
     values["input"] = kind.input(**values["input"])
     values["lora"] = LoRAConfig(**values["lora"])
