@@ -47,7 +47,7 @@ def measure(folder: str, tokens: Any, size: Size) -> dict[str, Any]:
     results |= {"gammas": {}, "half_in": {}}
     model.eval()
     for frac_bits in FRAC_BITS:
-        model.stack.fixed_point = FixedPoint(frac_bits)
+        model.stack.fixed_point = FixedPoint(frac_bits, gamma_bits=4)  # of load
         results["eval_loss"][f"frac_bits_{frac_bits}"] = _loss(model, tokens)
     model.stack.fixed_point, model.stack.backprop = None, "store"
     results["eval_loss"]["float"] = _loss(model, tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from bdia_jax import memory_report
+from bdia_jax import FixedPoint, memory_report
 from bdia_jax.compiled import targets
 from bdia_jax.compiled.hlo import read
 from bdia_jax.compiled.traffic import total, work
@@ -23,8 +23,9 @@ from benchmarks.stack import MIB, TOY, VARIANTS, add_variants, lower_gradient, x
 from train.loop.program import lower_steps, make_program
 
 NAMES = ["plain", "remat", "bdia_remat", "revnet", "bdia_guard0", "bdia_guard1"]
-NAMES += ["bdia_by_branch", "bdia_halves", "bdia_chunked", "bdia_lean"]
+NAMES += ["bdia_sixteenth", "bdia_by_branch", "bdia_halves", "bdia_chunked", "bdia_lean"]
 WAYS = VARIANTS | {
+    "bdia_sixteenth": partial(BDIAStack, magnitude=2**-4, fixed_point=FixedPoint(gamma_bits=4)),
     "bdia_by_branch": partial(BDIAStack, by_branch=True),
     "bdia_halves": partial(BDIAStack, batch_chunks=2),
 }

@@ -17,7 +17,6 @@ nothing is written.
 """
 
 import argparse
-import contextlib
 import csv
 import importlib
 import json
@@ -57,8 +56,6 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!--n ([^>]*?)-->)(.*?)(<!--/n-->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- table:|<!-- end -->|<!--n |<!--/n-->")
 
-_FINETUNED = ("smollm2_e2e", "smollm2_shakespeare")
-
 Load = Callable[[str], Any]  # the content of a file, by its name
 
 
@@ -83,21 +80,19 @@ def _drift_sums(load: Load) -> dict[str, dict[str, str]]:
 def _losses(load: Load) -> dict[str, dict[str, dict[str, str]]]:
     """Of the sweeps that turn |gamma|: over seeds, and against the plain run of the same seed."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name in ("dial_text", "dial_text_little", "dial_cifar10_little", *_FINETUNED):
-        with contextlib.suppress(OSError):  # not swept yet
-            runs = load(name)["results"]
-            found[name] = {run: _against(runs.get("plain"), row) for run, row in runs.items()}
+    for name in ("dial_text", "dial_text_little", "smollm2_e2e", "smollm2_shakespeare"):
+        runs = load(name)["results"]
+        found[name] = {run: _against(runs["plain"], row) for run, row in runs.items()}
     return found
 
 
-def _against(plain: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, str]:
+def _against(plain: dict[str, Any], run: dict[str, Any]) -> dict[str, str]:
     cells = {}
     for when in ("final", "best"):
         losses = run[when]["loss"]
+        more = [a - b for a, b in zip(losses, plain[when]["loss"], strict=True)]
         cells[when] = f"{mean(losses):.3f} ± {stdev(losses):.3f}"
-        if plain is not None:
-            more = [a - b for a, b in zip(losses, plain[when]["loss"], strict=True)]
-            cells[f"{when}_over_plain"] = f"{mean(more):+.4f} ± {stdev(more):.4f}"
+        cells[f"{when}_over_plain"] = f"{mean(more):+.4f} ± {stdev(more):.4f}"
     return cells
 
 

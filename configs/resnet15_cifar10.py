@@ -19,6 +19,7 @@ PAPER = {"plain": 92.93, "bdia": 93.61}
 SCALES = {
     "smoke": dict(vit_cifar10.SCALES["smoke"], model=dict(widths=(8, 16), depths=(2, 2))),
     "small": dict(vit_cifar10.SCALES["small"], model=dict(widths=(16, 32, 64), depths=(3, 3, 3))),
+    "tiny": dict(vit_cifar10.SCALES["tiny"], model=dict(widths=(8, 16, 32), depths=(3, 3, 3))),
 }
 
 

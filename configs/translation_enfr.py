@@ -6,7 +6,7 @@
 The paper shows training and validation loss on the Kaggle "English to French" file; BDIA's
 validation loss is the lower one. We add BLEU (sacrebleu, beam 4) and a few translations. Six
 and six blocks; width 512, mlp 2048 and a BPE of 8,000 for both languages are ours. `:small` is
-a CPU's share of it: three and three blocks of width 64 on 10,000 of the pairs.
+a CPU's share of it: three and three blocks of width 64 on 10,000 of the pairs, `:tiny` on 2,000.
 
 The data: `python -m train.prepare kaggle_enfr --from eng_-french.csv`.
 
@@ -45,6 +45,15 @@ SCALES = {
         checkpoint_every_steps=1000,
     ),
 }
+SCALES["tiny"] = SCALES["small"] | dict(
+    train_split="train[:2000]",
+    eval_split="validation[:500]",
+    batch_size=32,
+    num_steps=600,
+    warmup_steps=50,
+    eval_every_steps=100,
+    checkpoint_every_steps=600,
+)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

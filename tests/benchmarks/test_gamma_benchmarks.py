@@ -71,10 +71,16 @@ def test_scores_say_how_long_outputs_are():
 def test_the_dial_is_drawn_of_the_reports_that_are_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         dial.main(["--out", str(tmp_path)])
-    assert "has none of dial_text_little" in capsys.readouterr().err
+    assert "has none of checkpoint, dial_text_little" in capsys.readouterr().err
 
     losses = {"bdia_0.5": [3.0, 3.2], "bdia_0.0625": [2.0, 2.2], "plain": [2.1, 2.3]}
     runs = {name: {"final": {"loss": x}, "best": {"loss": x[:1]}} for name, x in losses.items()}
     (tmp_path / "dial_text.json").write_text(json.dumps({"results": runs}))
     dial.main(["--out", str(tmp_path)])
-    assert (tmp_path / "dial.png").stat().st_size > 10_000
+    alone = (tmp_path / "dial.png").stat().st_size
+    gammas = {name: {"losses": [3.0, 3.1, 3.2]} for name in ("0.5", "0.125")}
+    results = {"gammas": gammas, "eval_loss": {"float": 3.0}}
+    document = {"results": results, "config": {"model": "a model"}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(document))
+    dial.main(["--out", str(tmp_path)])
+    assert (tmp_path / "dial.png").stat().st_size > 1.3 * alone > 10_000  # another panel

@@ -417,9 +417,9 @@ def test_a_run_tells_what_its_gamma_does_to_the_checkpoint(folder, data_dir, tmp
 
 
 @pytest.mark.parametrize("lost", [0.11, np.nan, np.inf])
-def test_a_gamma_that_takes_the_checkpoint_apart_is_told_with_the_remedy(lost):
+def test_a_gamma_that_costs_the_checkpoint_much_is_told_with_the_remedy(lost):
     _, said = loss_at_start(lambda gamma: np.float32([1.0, 1.0 + 2 * bool(gamma) * lost]), 0.5)
-    assert "takes the checkpoint apart. --config.gamma=0.0625 leaves it whole" in said
+    assert "loses by so large a gamma. --config.gamma=0.0625 leaves it whole" in said
 
 
 def test_the_small_gpt2_is_long_enough_for_the_small_experiment():

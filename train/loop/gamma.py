@@ -35,8 +35,8 @@ def loss_at_start(loss: Callable[[float], Any], gamma: float) -> tuple[dict[str,
     said = f"loss of the first batch: {losses[0.0]:.4f} at gamma 0, {losses[gamma]:.4f} at {gamma}"
     if not cost <= MOST_AT_START:  # or NaN
         said += (
-            f"; so large a gamma takes the checkpoint apart. --config.gamma={CHECKPOINT_GAMMA} "
-            "leaves it whole, and 0 with --config.quantize=False --config.backprop=remat is plain"
+            f"; the checkpoint loses by so large a gamma. --config.gamma={CHECKPOINT_GAMMA} leaves "
+            "it whole, and 0 with --config.quantize=False --config.backprop=remat is plain"
         )
     return {"loss_at_gamma": {str(each): value for each, value in losses.items()}}, said
 
