@@ -102,6 +102,9 @@ def _content(rng: np.random.Generator, reader: str, name: str) -> bytes:
         return _pickle(rng, reader, name)
     if reader == "openwebtext_sample":
         return b"\n".join(_json(rng, {"text": f"page {n}"}) for n in range(60))
+    if reader == "tinyshakespeare":
+        ends = ("\n\n", "\n", "\r\n", "\n\n\n\n", "\0", "\u2028", "")
+        return "".join(f"ROMEO {n}:{ends[int(rng.integers(7))]}" * 40 for n in range(60)).encode()
     header = {"e2e": "mr,ref", "kaggle_enfr": "English words/sentences,French words/sentences"}
     rows = [header[reader], *(f"one {n},un {n}" for n in range(400))]
     odd = ('"', '"a\nb",c', ",", "a,b,c", "x" * 200_000 + ",y", "\0,\0", "\ufeff,a", '"a""b",c')
