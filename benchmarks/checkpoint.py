@@ -22,6 +22,7 @@ from bdia_jax.nnx import BDIAStack, pure_blocks
 from benchmarks import record
 from train.data.text import load_text
 from train.data.tokens import open_tokenizer
+from train.loop.guard_bits import Recorded
 
 FRAC_BITS = (5, 9, 12)
 
@@ -99,20 +100,12 @@ def _loss(model: Any, tokens: Any, rngs: Any = None) -> float:
 def _stack_inputs(model: Any, tokens: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """(x, consts) that the model calls its stack with."""
     model.eval()
-    model.stack.__class__ = _Recorded
+    model.stack.__class__ = Recorded
     model.features(tokens[:, :-1])
     x, consts = model.stack.inputs
     model.stack.__class__ = BDIAStack
     del model.stack.inputs
     return x, consts
-
-
-class _Recorded(BDIAStack):
-    """A stack that notes what it is called with."""
-
-    def __call__(self, x, *consts, rngs=None):
-        self.inputs = nnx.data((x, consts))
-        return super().__call__(x, *consts, rngs=rngs)
 
 
 def _largest_states(stack: BDIAStack, x: jax.Array, consts: Any) -> list[float]:

@@ -82,11 +82,11 @@ def _losses(load: Load) -> dict[str, dict[str, dict[str, str]]]:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for name in ("dial_text", "dial_text_little", "smollm2_e2e", "smollm2_shakespeare"):
         runs = load(name)["results"]
-        found[name] = {run: _against(runs["plain"], row) for run, row in runs.items()}
+        found[name] = {run: against(runs["plain"], row) for run, row in runs.items()}
     return found
 
 
-def _against(plain: dict[str, Any], run: dict[str, Any]) -> dict[str, str]:
+def against(plain: dict[str, Any], run: dict[str, Any]) -> dict[str, str]:
     cells = {}
     for when in ("final", "best"):
         losses = run[when]["loss"]

@@ -10,7 +10,7 @@ from toy_models import filled
 
 from bdia_jax import interop
 from bdia_jax.models.gpt2 import GPT2
-from benchmarks import checkpoint, decoding, dial
+from benchmarks import checkpoint, decoding, dial, tables
 from train.tasks.data_to_text import Sentences
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("quick_compile")]
@@ -66,6 +66,19 @@ def test_scores_say_how_long_outputs_are():
     assert row["length_over_references"] == pytest.approx(13 / 15)
     assert row["brevity_penalty"] == pytest.approx(float(jnp.exp(1 - 15 / 13)))
     assert row["precisions"] == [100.0] * 4 and row["different"] == 1.0
+
+
+def test_a_difference_to_plain_is_of_the_same_seed():
+    """Far smaller than the scatter over seeds, which a difference of means would have."""
+    plain, run = (
+        {when: {"loss": [1.0 + more, 2.0 + more, 3.0 + more]} for when in ("final", "best")}
+        for more in (0.0, 0.25)
+    )
+    cells = tables.against(plain, run)
+    assert cells["final"] == "2.250 ± 1.000"
+    assert cells["final_over_plain"] == cells["best_over_plain"] == "+0.2500 ± 0.0000"
+    run["final"]["loss"].reverse()  # the control: other seeds beside each other
+    assert tables.against(plain, run)["final_over_plain"] == "+0.2500 ± 2.0000"
 
 
 def test_the_dial_is_drawn_of_the_reports_that_are_there(tmp_path, capsys):

@@ -132,7 +132,7 @@ def stack_inputs(
         copy.train()
         stacks = stacks_of(copy)
         for stack in stacks.values():
-            stack.__class__ = _Recorded
+            stack.__class__ = Recorded
         batch, key = inputs.drawn(jnp.int32(config.seed), step, examples)
         batch = jax.tree.map(lambda array: array[:count], batch)
         task.metrics(copy, batch, nnx.Rngs(key))
@@ -141,7 +141,7 @@ def stack_inputs(
     return dict(zip(stacks_of(model), record(state, examples), strict=True))
 
 
-class _Recorded(BDIAStack):
+class Recorded(BDIAStack):
     """A stack that notes what it is called with."""
 
     def __call__(self, x, *consts, rngs=None):
