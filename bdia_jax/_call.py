@@ -11,6 +11,7 @@ import numpy as np
 
 from bdia_jax import _checks
 from bdia_jax._block import Block, Leaves, make_block, partition
+from bdia_jax._updating import Update
 from bdia_jax.fixed_point import FixedPoint
 
 PyTree = Any
@@ -24,12 +25,14 @@ class Static(NamedTuple):
     fixed_point: Any  # FixedPoint; None only on the way to autodiff_scan
     merge_aux: Callable[[Any, Any], PyTree]
     verify: int  # parts of a sample with a checksum each; 0: none
+    update: Update | None = None  # of parameters that the backward pass updates
 
 
 class Operands(NamedTuple):
     """The arrays: params stacked [K, ...], x0 [B, ..., D], gamma [K, B or 1] or None.
 
     failures: float32 [K] of zeros, whose cotangent is a count (see `bdia_scan`), or None.
+    slots: `Slots` of `Static.update`, or None.
     """
 
     params: Leaves
@@ -37,6 +40,7 @@ class Operands(NamedTuple):
     gamma: Any
     consts: Leaves
     failures: Any
+    slots: Any = None
 
 
 @dataclass(frozen=True)

@@ -204,19 +204,20 @@ def stacked_params(model: nnx.Module) -> nnx.State:
     """Which parameters of `model` belong to a stack, for optimizers that work per layer.
 
     Returns:
-        A State like `nnx.state(model, nnx.Param)` with a bool in place of each array: True
-        where the leading axis counts blocks. Hand it to `bdia_jax.optim.set_adam`.
+        A State like `nnx.state(model, nnx.Param)` with a str in place of each array: where the
+        leading axis counts blocks the path of the stack's blocks ("encoder.blocks"), else "". Hand
+        it to `bdia_jax.optim.set_adam` or `bdia_jax.in_backward.per_block`.
     """
     prefixes = [
         (*path, "blocks") for path, module in nnx.iter_modules(model) if isinstance(module, Stack)
     ]
 
-    def is_stacked(path, _):
-        return any(path[: len(prefix)] == prefix for prefix in prefixes)
+    def name(path):
+        stacks = (prefix for prefix in prefixes if path[: len(prefix)] == prefix)
+        return ".".join(map(str, next(stacks, ())))
 
     return nnx.map_state(
-        lambda path, variable: variable.replace(is_stacked(path, variable)),
-        nnx.state(model, nnx.Param),
+        lambda path, variable: variable.replace(name(path)), nnx.state(model, nnx.Param)
     )
 
 

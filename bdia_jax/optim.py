@@ -59,9 +59,9 @@ def scale_by_set_adam(
         b1, b2: decay of the first and second moment.
         eps: added inside the root; the only floor under the denominator.
         tau: share of the smallest denominator taken off, 0 <= tau < 1.
-        stacked: pytree prefix of bools over the parameters: True where the leading axis counts
-            layers (`bdia_jax.nnx.stacked_params` makes it). Those are treated slice by slice:
-            a stack of K blocks is K layers.
+        stacked: pytree prefix over the parameters: True, or a name, where the leading axis counts
+            layers, else False or "" (`bdia_jax.nnx.stacked_params` makes it). Those are treated
+            slice by slice: a stack of K blocks is K layers.
 
     Returns:
         An optax transformation whose state has one mu and one nu per parameter, float32.

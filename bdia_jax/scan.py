@@ -37,6 +37,7 @@ from bdia_jax._parts import (
     value,
     value_and_vjp,
 )
+from bdia_jax._updating import Slots, Update, make_update, take_held
 from bdia_jax._verify import checksum, nan_by, nan_unless, per_part, zero_or_nan
 from bdia_jax.fixed_point import FixedPoint, dequantize, pack_bits, quantize, unpack_bits
 from bdia_jax.recurrence import Rounding, inverse_step, per_element, plain_step, step
@@ -129,18 +130,27 @@ def bdia_scan(
         (12, 16, 16)
     """
     options = {"fixed_point": fixed_point, "backprop": backprop}
+    params, group, numbers = take_held(params)
     block_fn, consts = bind_static(block_fn, consts)
     arrays, parts = check(params, x0, gamma, consts, verify=verify, failures=failures, **options)
-    run = compiled_once(
-        _run,
-        block_fn=tuple(block_fn) if isinstance(block_fn, list) else block_fn,
-        verify=parts,
-        has_aux=has_aux,
-        batch_chunks=batch_chunks,
-        token_chunks=token_chunks,
-        per_sample=Frozen.of(per_sample),
-        **options,
-    )
+    options |= {
+        "block_fn": tuple(block_fn) if isinstance(block_fn, list) else block_fn,
+        "verify": parts,
+        "has_aux": has_aux,
+        "batch_chunks": batch_chunks,
+        "token_chunks": token_chunks,
+        "per_sample": Frozen.of(per_sample),
+    }
+    if group:
+        if backprop != "reversible":
+            raise ValueError(
+                f"parameters of {group.name!r} are updated in the backward pass, but backprop="
+                f"{backprop!r} has autodiff's; take backprop='reversible'"
+            )
+        update = make_update(group, numbers, arrays.params)
+        run = functools.partial(_run, **options, update=update, slots=group.slots)
+    else:
+        run = compiled_once(_run, **options)
     try:
         return run(arrays=arrays)
     except TypeError as error:
@@ -153,10 +163,18 @@ def bdia_scan(
 
 
 def _run(
-    block_fn: BlockFn, arrays: Arrays, *, backprop: str, per_sample: Frozen, **options: Any
+    block_fn: BlockFn,
+    arrays: Arrays,
+    *,
+    backprop: str,
+    per_sample: Frozen,
+    update: Update | None = None,
+    slots: Slots | None = None,
+    **options: Any,
 ) -> Any:
     """What `bdia_scan` returns, of checked arrays."""
     static, operands = separate(block_fn, arrays, per_sample=per_sample.thawed(), **options)
+    static, operands = static._replace(update=update), operands._replace(slots=slots)
     if backprop == "reversible":
         result: Any = _reversible(static, operands)
     else:
@@ -280,16 +298,20 @@ def reverse_scan(
     rebuild as training compiles it.
 
     Returns:
-        (cotangents of params, x0 and consts, that of failures, the rebuilt n_0, what look
-        returned, stacked).
+        (cotangents of params, x0 and consts, those of failures and slots, the rebuilt n_0, what
+        look returned, stacked).
     """
     look, probe_inputs = probe or (None, None)
     parts, side_bits = static.verify, static.fixed_point.side_bits
+    update, slots = static.update, operands.slots
+    counts = operands.failures is not None or (update is not None and bool(parts))
 
     def body(carry, inputs):
-        n, ct, gamma_above, around, ct_consts, sums, verdict = carry
-        params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k = inputs
+        n, ct, gamma_above, around, ct_consts, sums, verdict, updated = carry
+        params_k, gamma_k, packed_k, sums_k, ct_aux_k, probe_inputs_k, k = inputs
         gamma_k = per_element(gamma_k, n)
+        if update:
+            params_k = update.read(updated, params_k, k)
         around, ct_params_k, ct_consts = over_batch_chunks(
             static.block,
             functools.partial(_undo, static, ct_aux_k),
@@ -304,10 +326,13 @@ def reverse_scan(
         if parts:
             verdict = zero_or_nan(around.sound)
             ct_params_k = nan_by(verdict, ct_params_k)
-        failed = None if operands.failures is None else ~around.sound
+        failed, squares = ~around.sound if counts else None, None
+        if update:
+            found = update.block(updated, params_k, ct_params_k, k, slots)
+            updated, ct_params_k, squares = found
         below = Around(n, ct, around.sound, None)
-        carry = (around.n, around.ct, gamma_k, below, ct_consts, sums_k, verdict)
-        return carry, (ct_params_k, failed, looked)
+        carry = (around.n, around.ct, gamma_k, below, ct_consts, sums_k, verdict, updated)
+        return carry, (ct_params_k, failed, squares, looked)
 
     sums, sound, verdict = None, None, None
     if parts:
@@ -322,14 +347,19 @@ def reverse_scan(
         jax.tree.map(zeros_like, operands.consts.diff),
         sums,
         verdict,
+        update and update.carry(operands.params, slots),
     )
-    inputs = (operands.params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs)
-    last, (ct_params, failed, looked) = scan_blocks(body, init, inputs, reverse=True)
-    _, ct_x0, _, above, ct_consts, _, verdict = last  # undoing block 0 gives no state
+    params, numbers = update.inputs(operands.params, slots) if update else (operands.params, None)
+    inputs = (params, operands.gamma, kept.packed, kept.sums, ct_aux, probe_inputs, numbers)
+    last, (ct_params, failed, squares, looked) = scan_blocks(body, init, inputs, reverse=True)
+    _, ct_x0, _, above, ct_consts, _, verdict, updated = last  # undoing block 0 gives no state
     if verdict is not None:
         ct_consts = nan_by(verdict, ct_consts)
     failed = failed if failed is None else jnp.sum(failed, (1, 2), jnp.float32)
-    return Cotangents(ct_params, ct_x0, ct_consts), failed, above.n, looked
+    ct_slots = None
+    if update:
+        ct_params, ct_slots = update.cotangents(updated, ct_params, squares, failed, slots)
+    return Cotangents(ct_params, ct_x0, ct_consts), (failed, ct_slots), above.n, looked
 
 
 def _undo(static: Static, ct_aux_k, params_k: Leaves, consts: Leaves, known: Known, around: Around):
@@ -388,10 +418,12 @@ def _reversible_fwd(static: Static, operands: Operands):
 
 def _reversible_bwd(static: Static, residuals, cotangents):
     (operands, kept), (ct_x_last, ct_aux) = residuals, cotangents
-    gradients, failed, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
-    ct_params, ct_x0, ct_consts = _first_order(gradients)
+    gradients, noted, *_ = reverse_scan(static, operands, kept, ct_x_last, ct_aux.diff)
+    (ct_params, ct_x0, ct_consts), (failed, ct_slots) = _first_order((gradients, noted))
     ct_x0 = ct_x0.astype(operands.x0.dtype)
-    return (Operands(Leaves(ct_params, None), ct_x0, None, Leaves(ct_consts, None), failed),)
+    failed = failed if operands.failures is not None else None
+    cotangents = Leaves(ct_params, None), ct_x0, None, Leaves(ct_consts, None), failed, ct_slots
+    return (Operands(*cotangents),)
 
 
 @jax.custom_jvp

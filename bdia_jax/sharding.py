@@ -153,7 +153,9 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> nnx.State:
     stacked = dict(nnx.to_flat_state(stacked_params(model)))
 
     def sharding(path, variable):
-        spec = _spec(".".join(map(str, path)), variable.shape, stacked[path].get_value(), mesh)
+        spec = _spec(
+            ".".join(map(str, path)), variable.shape, bool(stacked[path].get_value()), mesh
+        )
         return variable.replace(NamedSharding(mesh, spec))
 
     return nnx.map_state(sharding, nnx.state(model, nnx.Param))

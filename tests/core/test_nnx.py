@@ -399,8 +399,8 @@ def test_stacked_params_marks_the_blocks_and_nothing_else():
             self.stack = make(Dense)
             self.blocks = nnx.Linear(13, 2, rngs=nnx.Rngs(0))  # a name that is no stack
 
-    flags = nnx.to_flat_state(stacked_params(Model()))
-    assert {path[:-1]: flag for path, flag in flags} == {
-        ("blocks",): False,
-        ("stack", "blocks", "dense"): True,
+    names = nnx.to_flat_state(stacked_params(Model()))
+    assert {path[:-1]: name.get_value() for path, name in names} == {
+        ("blocks",): "",
+        ("stack", "blocks", "dense"): "stack.blocks",
     }

@@ -25,8 +25,8 @@ def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation
     """Clipping, then SET-Adam (the paper's) or Adam, decay of matrices, and learning rate.
 
     Args:
-        stacked: pytree of bools, which parameters are stacked blocks. A vector, that is a bias or
-            the scale of a norm, does not decay, be it stacked or not.
+        stacked: of `bdia_jax.nnx.stacked_params`, as a pytree. A vector, that is a bias or the
+            scale of a norm, does not decay, be it stacked or not.
     """
     moments = scale_by_set_adam(b2=config.b2, stacked=stacked)
     if config.optimizer == "adamw":
@@ -36,7 +36,7 @@ def make_optimizer(config: Config, stacked: Any) -> optax.GradientTransformation
         clip = _clip_by_global_norm(config.grad_clip_norm)
 
     def is_matrix(params):
-        return jax.tree.map(lambda p, in_stack: p.ndim - in_stack >= 2, params, stacked)
+        return jax.tree.map(lambda p, stack: p.ndim - bool(stack) >= 2, params, stacked)
 
     return optax.chain(
         clip,
