@@ -127,7 +127,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     options.add_argument("--sentences", type=int, default=100, help="to say")
     args = record.parse(options, argv)
     decodings = DECODINGS[:1] if args.toy else DECODINGS
-    names = {"/".join(Path(each).parts[-2:]): each for each in args.workdirs}
+    names = {Path(each).name: each for each in args.workdirs}
+    if len(names) < len(args.workdirs):
+        options.error(f"{args.workdirs} has two of one name; a result is known by the last folder")
     results = {name: measure(each, args.sentences, decodings) for name, each in names.items()}
     config = {"temperatures": TEMPERATURES, "draws": DRAWS, "sentences": args.sentences}
     record.write("decoding", results, config, argv=argv, args=args)

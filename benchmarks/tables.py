@@ -17,6 +17,7 @@ nothing is written.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib
 import json
@@ -80,7 +81,8 @@ def _drift_sums(load: Load) -> dict[str, dict[str, str]]:
 def _losses(load: Load) -> dict[str, dict[str, dict[str, str]]]:
     """Of the sweeps that turn |gamma|: over seeds, and against the plain run of the same seed."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name in ("dial_text", "dial_text_little", "smollm2_e2e", "smollm2_shakespeare"):
+    sweeps = "dial_text", "dial_text_little", "dial_cifar10_little", "smollm2_e2e"
+    for name in (*sweeps, "smollm2_shakespeare"):
         runs = load(name)["results"]
         found[name] = {run: against(runs["plain"], row) for run, row in runs.items()}
     return found
@@ -111,8 +113,7 @@ def _axes(mesh: Mapping[str, int]) -> str:
 
 
 def _experiments(load: Load) -> dict[str, dict[str, str]]:
-    """What each file in configs/ says of itself: its first line, and the paper's numbers."""
-    del load
+    """What each file in configs/ says of itself: its first line, the paper's numbers, and ours."""
     rows = {}
     for path in sorted((ROOT / "configs").glob("*_*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
@@ -121,7 +122,29 @@ def _experiments(load: Load) -> dict[str, dict[str, str]]:
             paper = ", ".join(f"`{run}` {number:.2f}" for run, number in module.PAPER.items())
             title = title.removesuffix(" of arXiv 2407.09093").replace("|", "\\|")
             rows[f"`{path.name}`"] = {"what": title, "paper": paper}
+            for scale in ("tiny", "small"):
+                with contextlib.suppress(FileNotFoundError):
+                    runs = load(f"{path.stem}_{scale}")["results"]
+                    rows[f"`{path.name}`"] |= {"scale": f"`:{scale}`", "ours": _in_a_cell(runs)}
     return rows
+
+
+def _in_a_cell(runs: dict[str, Any]) -> str:
+    """Of each run the accuracy in %, or the loss at the end and at its best; +- over seeds."""
+
+    def numbers(run: dict[str, Any]) -> str:
+        final = run["final"]
+        if accuracies := final.get("accuracy"):
+            return _with_scatter([100 * each for each in accuracies], 2)
+        best = _with_scatter(run["best"]["loss"], 3)
+        return f"{_with_scatter(final['loss'], 3)}, at best {best}"
+
+    return "; ".join(f"`{name}` {numbers(run)}" for name, run in runs.items())
+
+
+def _with_scatter(values: list[float], digits: int) -> str:
+    scatter = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{scatter}"
 
 
 VIEWS: dict[str, Callable[[Load], dict[str, Any]]] = {

@@ -230,7 +230,9 @@ def report(workdir: Path, out: Path) -> str:
     changes += [f"scale {about['scale']}"] if about["scale"] else []
     title = module.__doc__.splitlines()[0].rstrip(".")
     title += f" ({', '.join(changes)})" if changes else ""
-    table = rows(runs, getattr(module, "METRIC", "accuracy"))
+    metric = getattr(module, "METRIC", "accuracy")
+    metric = metric if all(metric in run.best for run in runs) else "loss"  # it may be left out
+    table = rows(runs, metric)
     header = list(dict.fromkeys(name for row in table for name in row))  # not finished: fewer
     document = {"title": title, **about, **runs[0].origin}
     document |= {"results": {run.name: dataclasses.asdict(run) for run in runs}}

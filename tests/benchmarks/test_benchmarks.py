@@ -152,6 +152,16 @@ def test_fine_tuning_memory(toy):
     assert plain["total_bytes"] == plain["state_bytes"] + plain["temp_bytes"]
 
 
+@pytest.mark.full
+def test_in_backward_has_bytes_and_seconds_of_both_ways(toy):
+    results = toy("in_backward")["results"]
+    rows, times = results["here"], results["step_time"]
+    assert 0 < rows["in_backward"]["temp_bytes"] < rows["ordinary"]["temp_bytes"]
+    pairs = zip(times["seconds"]["in_backward"], times["seconds"]["ordinary"], strict=True)
+    ratios = sorted(own / base for own, base in pairs)
+    assert ratios[0] <= times["ratio"] <= ratios[-1]
+
+
 # --- time --------------------------------------------------------------------------------
 
 
