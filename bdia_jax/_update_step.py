@@ -54,6 +54,12 @@ class Parts:
         leaves, self._treedef = jax.tree.flatten(params)
         self._names: list[str] = jax.tree.leaves(labels(stacked, params))
         self._tx = tx
+        names = sorted({REST, *self._names})
+        if sorted(getattr(opt_state, "inner_states", ())) != names:
+            raise ValueError(
+                f"opt_state is {type(opt_state).__name__}, expected the state of these parameters, "
+                f"with parts {', '.join(map(repr, names))}: per_block(tx, stacked).init(params)"
+            )
         self._states = {name: of.inner_state for name, of in opt_state.inner_states.items()}
         self._params: dict[str, list[jax.Array]] = {name: [] for name in self._states}
         for leaf, name in zip(leaves, self._names, strict=True):

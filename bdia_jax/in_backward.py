@@ -35,8 +35,8 @@ def update_in_backward(
     """A training step in which gradients of all blocks never exist together.
 
     The same numbers as `jax.value_and_grad(loss_fn)` and `per_block(tx, stacked)`, with
-    `backprop="reversible"`, at the memory of one block's gradient. Donate params and opt_state
-    (`jax.jit(step, donate_argnums=(0, 1))`): they are replaced in place.
+    `backprop="reversible"` or "remat", at the memory of one block's gradient. Donate params and
+    opt_state (`jax.jit(step, donate_argnums=(0, 1))`): they are replaced in place.
 
     Args:
         loss_fn: (params, *args) -> loss, or (loss, aux) with `has_aux`. Each stack is handed to
@@ -53,8 +53,8 @@ def update_in_backward(
         (params, opt_state, *args) -> `Updated`; opt_state is first `per_block(tx, stacked).init`.
 
     Raises:
-        ValueError: a stack with another backprop or gamma None, one that is used twice or read
-            otherwise; tx as of `per_block`.
+        ValueError: a stack with backprop "store", or "reversible" and gamma None, one that is used
+            twice or read otherwise; tx as of `per_block`.
 
     Example:
         >>> import bdia_jax as bdia

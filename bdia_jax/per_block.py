@@ -34,17 +34,20 @@ def per_block(
         either.
 
     Raises:
-        ValueError: as tx is initialized, if it makes an update from other gradients too, or has
-            gradients in a state that is no float.
+        ValueError: a stack named "rest"; and, as tx is initialized, if it makes an update from
+            other gradients too, or has gradients in a state that is no float.
     """
     names = {_name(leaf) for leaf in jax.tree.leaves(stacked)} | {REST}
-    each = {name: tx if name == REST else _over_blocks(tx) for name in sorted(names)}
+    each: dict[Any, Any] = {
+        name: tx if name == REST else _over_blocks(tx) for name in sorted(names)
+    }
     partition = optax.partition(each, partial(labels, stacked))
 
     def update(updates, state, params=None):
-        norm = jnp.sqrt(sum(map(squares, jax.tree.leaves(updates))))
-        scale = None if max_norm is None else clipping(max_norm, norm)
-        return partition.update(scaled(scale, updates), state, params)
+        if max_norm is not None:
+            norm = jnp.sqrt(sum(map(squares, jax.tree.leaves(updates))))
+            updates = scaled(clipping(max_norm, norm), updates)
+        return partition.update(updates, state, params)
 
     return optax.GradientTransformation(partition.init, update)
 
@@ -65,6 +68,8 @@ def _over_blocks(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _name(stack: Any) -> str:
+    if stack == REST:
+        raise ValueError(f"a stack is named {REST!r} in `stacked`, as what no stack has; rename it")
     return stack if isinstance(stack, str) and stack else "blocks" if stack else REST
 
 

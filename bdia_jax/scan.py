@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bdia_jax._autodiff import autodiff_scan
+from bdia_jax._autodiff import autodiff_scan, updating_scan
 from bdia_jax._block import Leaves
 from bdia_jax._call import (
     Arrays,
@@ -142,10 +142,10 @@ def bdia_scan(
         "per_sample": Frozen.of(per_sample),
     }
     if group:
-        if backprop != "reversible":
+        if backprop == "store":
             raise ValueError(
-                f"parameters of {group.name!r} are updated in the backward pass, but backprop="
-                f"{backprop!r} has autodiff's; take backprop='reversible'"
+                f"parameters of {group.name!r} are updated in the backward pass, but that of "
+                "backprop='store' is autodiff's; take backprop='reversible' or 'remat'"
             )
         update = make_update(group, numbers, arrays.params)
         run = functools.partial(_run, **options, update=update, slots=group.slots)
@@ -177,6 +177,8 @@ def _run(
     static, operands = static._replace(update=update), operands._replace(slots=slots)
     if backprop == "reversible":
         result: Any = _reversible(static, operands)
+    elif update:
+        result = updating_scan(static.block, static.fixed_point, update, *operands[:4], slots)
     else:
         remat = backprop == "remat"
         result = autodiff_scan(static.block, static.fixed_point, *operands[:4], remat=remat)

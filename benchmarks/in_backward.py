@@ -38,6 +38,7 @@ OPTIMIZERS = {"adamw": optax.adamw, "sgd": optax.sgd, "adafactor": optax.adafact
 ROWS: dict[str, tuple[str, str, bool, str]] = {
     "plain": ("plain", "adamw", False, "float32"),
     "remat": ("remat", "adamw", False, "float32"),
+    "remat_in_backward": ("remat", "adamw", True, "float32"),
     "ordinary": ("bdia", "adamw", False, "float32"),
     "in_backward": ("bdia", "adamw", True, "float32"),
     "in_backward_sgd": ("bdia", "sgd", True, "float32"),

@@ -147,8 +147,10 @@ def test_per_block_is_every_block_by_itself():
     [
         {"batch_chunks": 2, "block": (tanh_block, dropout_block)},
         {"fixed_point": FixedPoint(guard_bits=0), "verify": False},
+        {"backprop": "remat", "batch_chunks": 2},
+        {"backprop": "remat", "fixed_point": None},
     ],
-    ids=["in parts", "unverified"],
+    ids=["in parts", "unverified", "remat", "remat in floating point"],
 )
 def test_parts_of_a_block_and_formats(options):
     trees, losses = run_both(partial(loss_fn, **options), optax.adamw(1e-2), 2)
@@ -156,6 +158,21 @@ def test_parts_of_a_block_and_formats(options):
 
 
 @pytest.mark.full
+def test_a_plain_stack_without_gamma_is_updated_too():
+    """What BDIA is compared with: `jax.checkpoint` around every block, and no gamma."""
+
+    def loss(params, seed):
+        stack, options = params["stack"], {"backprop": "remat", "fixed_point": None}
+        return jnp.mean(jnp.square(bdia_scan(tanh_block, stack, X0, None, **options)))
+
+    tx, stacked, trees = optax.adamw(1e-2), {"stack": True}, []
+    for make in (ordinary, updating):
+        params = {"stack": parameters()["stack"]}
+        done = make(loss, tx, stacked)(params, per_block(tx, stacked).init(params), 0)
+        trees.append(done[1:3] if make is ordinary else (done.params, done.opt_state))
+    assert different(trees) == []
+
+
 def test_norms_are_those_of_the_gradient():
     grads = jax.jit(jax.grad(loss_fn))(parameters(), 0)
     tx = optax.adamw(1e-2)
@@ -166,6 +183,32 @@ def test_norms_are_those_of_the_gradient():
         np.testing.assert_allclose(done.norms["stack"][name], expected, rtol=1e-5)
     np.testing.assert_allclose(done.norms["head"], jnp.linalg.norm(grads["head"]), rtol=1e-5)
     assert bool(done.taken) and not np.any(done.failures["blocks"])
+
+
+@pytest.mark.full
+def test_on_a_mesh_that_splits_parameters_and_batch():
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=types, devices=jax.devices()[:4])
+
+    def placed(tree, spec):
+        def place(leaf):
+            split = spec if leaf.ndim == 3 else jax.P()
+            return jax.device_put(leaf, jax.NamedSharding(mesh, split))
+
+        return jax.tree.map(place, tree)
+
+    tx, trees = optax.adamw(1e-2), []
+    x0 = jax.device_put(X0, jax.NamedSharding(mesh, jax.P("data")))
+    for make in (ordinary, updating):
+        params = placed(parameters(), jax.P(None, "fsdp"))
+        state = placed(per_block(tx, STACKED).init(params), jax.P(None, "fsdp"))
+        done = make(partial(loss_fn, block=tanh_block, x0=x0), tx)(params, state, 0)
+        trees.append(done[1:3] if make is ordinary else (done.params, done.opt_state))
+        assert "fsdp" in str(trees[-1][0]["stack"]["w"].sharding.spec)
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 # --- what is held ------------------------------------------------------------------------
@@ -347,6 +390,19 @@ def test_one_parameter_alone_does_not_hide_that_blocks_are_coupled():
         per_block(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))).init(
             jnp.ones((3, 4))
         )
+
+
+def test_another_state_of_the_optimizer_is_refused():
+    tx = optax.sgd(0.1)
+    with pytest.raises(
+        ValueError, match=r"expected the state of these .* per_block\(tx, stacked\)"
+    ):
+        update_in_backward(loss_fn, tx, STACKED)(parameters(), tx.init(parameters()), 0)
+
+
+def test_a_stack_cannot_have_the_name_of_the_rest():
+    with pytest.raises(ValueError, match="named 'rest'"):
+        per_block(optax.sgd(0.1), {"stack": "rest", "head": False})
 
 
 def test_a_state_of_integers_that_depend_on_gradients_is_refused():
