@@ -14,7 +14,7 @@ from toy import bits, dropout_block, make_case, perturb, relative_error, tanh_bl
 from toy_models import SMALL, TOKENS, filled
 
 import bdia_jax.linen
-from bdia_jax import FixedPoint, bdia_scan, in_backward
+from bdia_jax import bdia_scan, in_backward
 from bdia_jax.in_backward import per_block, update_in_backward
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.optim import set_adam
@@ -91,11 +91,10 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(optax.linear_schedule(1e-2, 0.0, 30), weight_decay=0.1),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "set_adam": lambda: set_adam(1e-2),
-    "lion": lambda: optax.lion(1e-3),
 }
 
 
-FULL = {"sgd", "adafactor", "set_adam", "lion"}
+FULL = {"sgd", "adafactor", "set_adam"}
 
 
 @pytest.mark.claim("a step in the backward pass is the ordinary step, to the bit")
@@ -146,11 +145,10 @@ def test_per_block_is_every_block_by_itself():
     "options",
     [
         {"batch_chunks": 2, "block": (tanh_block, dropout_block)},
-        {"fixed_point": FixedPoint(guard_bits=0), "verify": False},
         {"backprop": "remat", "batch_chunks": 2},
         {"backprop": "remat", "fixed_point": None},
     ],
-    ids=["in parts", "unverified", "remat", "remat in floating point"],
+    ids=["in parts", "remat", "remat in floating point"],
 )
 def test_parts_of_a_block_and_formats(options):
     trees, losses = run_both(partial(loss_fn, **options), optax.adamw(1e-2), 2)
@@ -252,14 +250,12 @@ def test_no_array_of_all_gradients_is_made_and_all_are_updated_in_place():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("max_norm", [1e-2, 1e3])
-def test_clipping_by_the_global_norm_is_that_of_the_ordinary_path(max_norm):
-    trees, _ = run_both(loss_fn, optax.sgd(0.5), 3, max_norm=max_norm)
+def test_clipping_by_the_global_norm_is_that_of_the_ordinary_path():
+    trees, _ = run_both(loss_fn, optax.sgd(0.5), 3, max_norm=1e-2)
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
-    start = parameters()
-    moved = optax.global_norm(jax.tree.map(jnp.subtract, trees[1][0], start))
-    assert (moved < 0.5 * 3 * 1e-2 * 1.001) == (max_norm < 1)
+    moved = optax.global_norm(jax.tree.map(jnp.subtract, trees[1][0], parameters()))
+    assert 0 < moved < 0.5 * 3 * 1e-2 * 1.001
 
 
 def test_the_clipped_step_is_clipped_before_the_optimizer():
