@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from bdia_jax._update_step import Parts, Updated
-from bdia_jax.nnx import stacked_params
+from bdia_jax.nnx import BDIAStack, Stack, stacked_params
 from bdia_jax.per_block import clipping, per_block
 
 __all__ = ["Optimizer", "Updated", "per_block", "update_in_backward"]
@@ -140,7 +140,16 @@ class Optimizer(nnx.Optimizer):
 
         Returns:
             `Updated`, without params and opt_state, which are in model and optimizer.
+
+        Raises:
+            ValueError: as `update_in_backward`; a stack of `bdia_jax.baselines`.
         """
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, Stack) and not isinstance(module, BDIAStack):
+                raise ValueError(
+                    f"the model has a {type(module).__name__}, and only a BDIAStack is updated in "
+                    "its backward pass; take nnx.value_and_grad and this optimizer's update"
+                )
         graphdef, params, others = nnx.split(model, self.wrt, ...)
         treedef = jax.tree.structure(params)
 

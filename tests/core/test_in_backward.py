@@ -15,6 +15,7 @@ from toy_models import SMALL, TOKENS, filled
 
 import bdia_jax.linen
 from bdia_jax import bdia_scan, in_backward
+from bdia_jax.baselines import RevStack
 from bdia_jax.in_backward import per_block, update_in_backward
 from bdia_jax.nnx import BDIAStack
 from bdia_jax.optim import set_adam
@@ -455,6 +456,13 @@ def test_gpt2_with_tied_embeddings_dropout_and_adapters(wrt):
         states.append((losses, nnx.as_pure(nnx.state((model, optimizer), nnx.Not(nnx.RngState)))))
         assert int(optimizer.step[...]) == 3
     assert different(states) == []
+
+
+def test_a_baseline_is_refused():
+    stack = RevStack(lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=2, rngs=nnx.Rngs(0))
+    optimizer = in_backward.Optimizer(stack, optax.sgd(0.1), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="has a RevStack, and only a BDIAStack"):
+        optimizer.train_step(stack, lambda stack: jnp.sum(stack(jnp.ones((2, 8)))))
 
 
 class LinenBlock(nn.Module):
