@@ -95,19 +95,16 @@ OPTIMIZERS = {
 }
 
 
-FULL = {"sgd", "adafactor", "set_adam"}
-
-
+@pytest.mark.full
 @pytest.mark.claim("a step in the backward pass is the ordinary step, to the bit")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.full if n in FULL else ()) for n in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_and_optimizer_state_are_those_of_the_ordinary_path(name):
     trees, losses = run_both(loss_fn, OPTIMIZERS[name](), 20)
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
     assert different(trees) == []
 
 
+@pytest.mark.full
 @pytest.mark.control("a step in the backward pass is the ordinary step, to the bit")
 def test_another_gradient_is_seen():
     """What if x_0 were the least bit different, and the optimizer the least bit."""
@@ -172,6 +169,7 @@ def test_a_plain_stack_without_gamma_is_updated_too():
     assert different(trees) == []
 
 
+@pytest.mark.full
 def test_norms_are_those_of_the_gradient():
     grads = jax.jit(jax.grad(loss_fn))(parameters(), 0)
     tx = optax.adamw(1e-2)
@@ -350,6 +348,7 @@ def test_inference_and_other_backprops_are_refused():
     )
 
 
+@pytest.mark.full
 @pytest.mark.claim("a stack that is run several times in a step is not updated in silence")
 @pytest.mark.control("a stack that is run several times in a step is not updated in silence")
 @pytest.mark.parametrize("wrap", ["scan", "vmap", "scanned once"])
