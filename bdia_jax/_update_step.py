@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bdia_jax._updating import Group, Held, Slots, update_if
-from bdia_jax.per_block import REST, Split, is_own, labels, scaled, squares
+from bdia_jax._updating import Group, Held, Slots, scaled, squares, update_if
+from bdia_jax.per_block import REST, Split, is_own, labels
 
 PyTree = Any
 

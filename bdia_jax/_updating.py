@@ -100,17 +100,16 @@ class Update(NamedTuple):
     ) -> tuple[Any, Any, jax.Array]:
         """Updates block k: (carry, gradients of what is not held, squares [parameters])."""
         held, others = self._held(grads), self._not_held(grads)
-        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in held])
+        sums = jnp.stack([squares(g) for g in held])
         if not self.apply:
-            return carry, others, squares
-        if slots.scale is not None:
-            held = tuple(g * slots.scale.astype(g.dtype) for g in held)
+            return carry, others, sums
+        held = scaled(slots.scale, held)
         old, state = self._held(params_k.diff), tuple(_at(each, k) for each in carry[1])
-        which = jnp.isfinite(jnp.sum(squares))
+        which = jnp.isfinite(jnp.sum(sums))
         which = which if slots.take is None else which & slots.take
         new = update_if(which, partial(self.apply, shared=slots.shared), old, held, state)
         put = jax.lax.dynamic_update_index_in_dim
-        return jax.tree.map(lambda all, one: put(all, one, k, 0), carry, new), others, squares
+        return jax.tree.map(lambda all, one: put(all, one, k, 0), carry, new), others, sums
 
     def cotangents(
         self, carry: Any, others: Any, squares: jax.Array, failed: Any, slots: Slots
@@ -173,6 +172,16 @@ def make_update(group: Group, numbers: list[int | None], params: PyTree) -> Upda
     pairs = zip(jax.tree.leaves(params), numbers, strict=True)
     floats = [number for leaf, number in pairs if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return Update(tuple(floats.index(number) for number in range(group.size)), group.apply)
+
+
+def scaled(scale: Any, grads: PyTree) -> PyTree:
+    """Gradients times a number, or as they are if it is None."""
+    return grads if scale is None else jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+
+def squares(grad: jax.Array) -> jax.Array:
+    """Their sum, float32 []."""
+    return jnp.sum(jnp.square(grad.astype(jnp.float32)))
 
 
 def update_if(

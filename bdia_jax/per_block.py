@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bdia_jax._jaxprs import run
+from bdia_jax._updating import scaled, squares
 
 PyTree = Any
 REST = "rest"  # the name of the parameters outside of stacks
@@ -81,14 +82,6 @@ def labels(stacked: PyTree, params: PyTree) -> PyTree:
 def clipping(max_norm: float, norm: jax.Array) -> jax.Array:
     """What clipping multiplies gradients by."""
     return max_norm / jnp.maximum(norm, max_norm)
-
-
-def scaled(scale: Any, grads: PyTree) -> PyTree:
-    return grads if scale is None else jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-
-
-def squares(grad: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(grad.astype(jnp.float32)))
 
 
 class Split(NamedTuple):
